@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The settings of a run: parsed and checked once, at the edge, then passed down.
+
+They come from three places, the later winning: the defaults below, the file
+``kvmi-harness.toml`` of the working directory (if there is one), and the options of
+the command. A name that nobody knows or a value of the wrong kind is a
+:class:`~harness.errors.UsageError` that names file and key.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from harness import paths
+from harness.errors import UsageError
+
+__all__ = ["FILE_NAME", "Settings", "load_settings"]
+
+FILE_NAME = "kvmi-harness.toml"
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=256)]
+_Megabytes = Annotated[int, msgspec.Meta(ge=256, le=1 << 20)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+_Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+def _free_cores() -> int:
+    """The cores that this process may use (a container may have fewer than the machine)."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told. Paths are absolute after :func:`load_settings`."""
+
+    target: _Name = "tcg"
+    """What provides the hosts."""
+    workers: _Count = 2
+    """Test processes; each has its own host."""
+    abi: _Name = "v12"
+    """The profile of the interface that the kernel under test is held to."""
+    kernel_series: Path = paths.KERNEL_CONFIG / "linux"
+    """Directory of the kernel's patches, applied in the order of their names."""
+    qemu_series: Path = paths.KERNEL_CONFIG / "qemu"
+    """Directory of QEMU's patches."""
+    flavour: _Name = "base"
+    """Kernel configuration: ``base``, or a further fragment of this name on top of it."""
+    jobs: _Count = field(default_factory=_free_cores)
+    """Compilers that run at once."""
+    reports: Path = Path("reports")
+    """Where each run leaves its report, in a directory of its own."""
+    cache: Path = field(default_factory=paths.cache_dir)
+    """What was fetched and built; see :mod:`harness.build.cache`."""
+    host_memory_mb: _Megabytes = 1024
+    """Memory of each host, in MiB."""
+    host_cpus: _Count = 2
+    """CPUs of each host."""
+    quiet_s: _Seconds = 2.0
+    """How long a host stays under watch after each sequence, in seconds."""
+
+
+_TYPES: dict[str, Any] = typing.get_type_hints(Settings, include_extras=True)
+
+
+def load_settings(path: Path | None = None, **overrides: object) -> Settings:
+    """The settings from ``path`` (default: the working directory's file), then ``overrides``.
+
+    An override that is None counts as not given, so that options can be handed on as
+    they are. Paths in the file are relative to the file, others to the working directory.
+
+    :raises UsageError: the file is not there though named, is no TOML, or a key or value
+        is wrong; the message names the file and the key.
+    """
+    source = (path or Path(FILE_NAME)).absolute()
+    values: dict[str, Any] = {}
+    if path is not None or source.exists():
+        values = _checked(_read(source), where=str(source), base=source.parent)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values |= _checked(given, where="options", base=Path.cwd())
+    values.setdefault("reports", Path.cwd() / Settings.reports)
+    return Settings(**values)
+
+
+def _read(source: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"settings file {source} cannot be read: {error.strerror}",
+            hint="name a file that exists, or leave it out to run with the defaults",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"settings file {source} is not valid TOML: {error}",
+            hint="correct that line; a setting looks like: workers = 2",
+        ) from error
+
+
+def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any]:
+    """The values of one source, each of its field's type; relative paths from ``base``."""
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in _TYPES:
+            raise UsageError(
+                f"{where}: unknown setting {key!r}", hint=f"known are: {', '.join(sorted(_TYPES))}"
+            )
+        if _TYPES[key] is Path:
+            if not isinstance(value, str | Path):
+                raise UsageError(
+                    f"{where}: {key} = {value!r} is not a path", hint='a path is text: "…"'
+                )
+            checked[key] = base / Path(value).expanduser()
+            continue
+        try:
+            checked[key] = msgspec.convert(value, _TYPES[key])
+        except msgspec.ValidationError as error:
+            default = getattr(Settings, key, None)
+            raise UsageError(
+                f"{where}: {key} = {value!r}: {str(error)[:1].lower()}{str(error)[1:]}",
+                hint=f"for example: {key} = {4 if default is None else repr(default)}",
+            ) from error
+    return checked
