@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hooks in the process that writes verdicts: the controller, or pytest itself without workers.
+
+A verdict is written when a test's tear-down was reported, and at once. Should the worker die
+before, the test is MISS, whatever its phases had shown so far: the rest of it never ran.
+What was collected and never came to its turn is MISS too, written at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from harness.plugin.collect import USAGE
+from harness.plugin.options import Session
+from harness.plugin.processes import die_with_parent
+from harness.report.model import (
+    End,
+    Outcome,
+    RunFacts,
+    Verdict,
+    clauses_or_none,
+    combine,
+    count,
+    exit_code,
+    missing,
+)
+from harness.report.store import VerdictFile, load_run, point_latest, read_plan, utc_now
+
+__all__ = ["PARENT_VARIABLE", "Controller", "Nodes"]
+
+PARENT_VARIABLE = "KVMI_PARENT_PID"
+"""Set by :func:`harness.conform.conform`: the process with which pytest is to end."""
+
+
+@dataclass
+class _Phases:
+    """What is known of a test whose tear-down was not reported yet."""
+
+    reports: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+
+class Controller:
+    """Turns reports into verdicts."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._running: dict[str, _Phases] = {}
+        self._file: VerdictFile | None = None
+        self._facts = RunFacts(run=session.run_dir.name, started=utc_now())
+        self._start = time.monotonic()
+        self._usage_error = False
+        self._collect_errors: list[str] = []
+        self._verdicts: list[Verdict] = []
+        parent = os.environ.get(PARENT_VARIABLE)
+        if parent and session.given_run_dir:
+            die_with_parent(int(parent))
+
+    # -- writing
+
+    def _write(self, verdict: Verdict) -> None:
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(verdict)
+        self._verdicts.append(verdict)
+
+    def _open(self) -> VerdictFile:
+        run_dir = self._session.run_dir
+        file = VerdictFile(run_dir)
+        if file.empty:
+            from harness.plugin.inputs import load_run_settings
+
+            settings = load_run_settings(
+                run_dir, target=self._session.config.getoption("--kvmi-target")
+            )
+            self._facts = RunFacts(
+                run=run_dir.name, started=utc_now(), target=settings.target, abi=settings.abi
+            )
+            file.write(self._facts)
+            point_latest(run_dir)
+        else:
+            self._facts = load_run(run_dir).facts
+        return file
+
+    # -- pytest's hooks
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember what could not be collected."""
+        if report.failed:
+            self._usage_error = self._usage_error or bool(getattr(report, USAGE, False))
+            self._collect_errors.append(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Gather the phases of each test; its tear-down completes it."""
+        if report.when not in ("setup", "call", "teardown"):
+            self._crashed(report)
+            return
+        data: dict[str, Any] | None = getattr(report, "kvmi", None)
+        if data is None:
+            return
+        phases = self._running.setdefault(report.nodeid, _Phases())
+        phases.reports.append((report.when, data))
+        if report.when == "teardown":
+            del self._running[report.nodeid]
+            self._complete(report.nodeid, phases)
+
+    def _complete(self, test: str, phases: _Phases) -> None:
+        last = phases.reports[-1][1]
+        outcome = combine(Outcome(data["outcome"]) for _when, data in phases.reports)
+        if outcome is Outcome.PASS and any(
+            data["outcome"] == Outcome.SKIP for _when, data in phases.reports
+        ):
+            outcome = Outcome.SKIP  # set-up and tear-down of a skipped test pass
+        told = [
+            (when, data["reason"])
+            for when, data in phases.reports
+            if data["outcome"] != Outcome.PASS and data["reason"]
+        ]
+        deciding = [
+            (when, data["reason"]) for when, data in phases.reports if data["outcome"] == outcome
+        ]
+        phase, reason = deciding[0] if outcome is not Outcome.PASS else ("", "")
+        notes = [*last["notes"]] + [
+            f"{when}: {text}" for when, text in told if text != reason and text
+        ]
+        for clause in clauses_or_none(last["clauses"]):
+            skipped = last["skips"].get(clause) if outcome is Outcome.PASS else None
+            self._write(
+                Verdict(
+                    clause=clause,
+                    verdict=Outcome.SKIP if skipped else outcome,
+                    test=test,
+                    target=self._target(),
+                    series=self._series(),
+                    duration_s=last["duration_s"],
+                    reason=skipped or reason,
+                    phase="call" if skipped else phase,
+                    seen=last["seen"].get(clause, ""),
+                    notes=notes,
+                    description=last["description"],
+                    worker=last["worker"],
+                    started=last["started"],
+                    evidence=last["evidence"],
+                )
+            )
+
+    def _target(self) -> str:
+        self._ensure_open()
+        return self._facts.target
+
+    def _series(self) -> str:
+        return self._facts.series
+
+    def _ensure_open(self) -> None:
+        if self._file is None:
+            self._file = self._open()
+
+    def _crashed(self, report: pytest.TestReport) -> None:
+        """A worker died while it ran this test; pytest-xdist starts another worker."""
+        phases = self._running.pop(report.nodeid, None)
+        planned = next(
+            (p for p in read_plan(self._session.run_dir) if p.test == report.nodeid), None
+        )
+        if planned is None:
+            return
+        worker = getattr(getattr(report, "node", None), "gateway", None)
+        name = worker.id if worker is not None else ""
+        stacks = self._session.run_dir / "workers" / f"{name}.stacks.txt"
+        evidence = {}
+        if stacks.is_file() and stacks.stat().st_size:
+            evidence["stacks"] = self._session.relative(stacks)
+        for clause in clauses_or_none(planned.clauses):
+            self._write(
+                Verdict(
+                    clause=clause,
+                    verdict=Outcome.MISS,
+                    test=report.nodeid,
+                    target=self._target(),
+                    series=self._series(),
+                    duration_s=round(time.monotonic() - phases.start, 3) if phases else 0.0,
+                    reason=f"the worker {name} died during this test"
+                    + ("; it was stuck past its limit" if evidence else ""),
+                    description=planned.description,
+                    worker=name,
+                    evidence=evidence,
+                )
+            )
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Account for everything that was collected, and close the run."""
+        if self._usage_error:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        plan = read_plan(self._session.run_dir) if self._session.run_dir.is_dir() else []
+        if not plan and self._file is None:
+            return
+        why = self._why(session, exitstatus)
+        for verdict in missing(plan, self._verdicts, reason=why or "it never came to its turn"):
+            self._ensure_open()
+            self._write(
+                Verdict(
+                    clause=verdict.clause,
+                    verdict=verdict.verdict,
+                    test=verdict.test,
+                    target=self._target(),
+                    series=self._series(),
+                    duration_s=0.0,
+                    reason=verdict.reason,
+                    description=verdict.description,
+                )
+            )
+        self._ensure_open()
+        assert self._file is not None
+        self._file.write(
+            End(
+                finished=utc_now(),
+                duration_s=round(time.monotonic() - self._start, 3),
+                exit_code=exit_code(self._verdicts),
+                reason=why,
+            )
+        )
+        self._file.close()
+
+    def _why(self, session: pytest.Session, exitstatus: int) -> str:
+        """Why a run ended before all of its tests ran, if it did."""
+        if self._collect_errors:
+            return f"tests could not be collected: {', '.join(self._collect_errors[:3])}"
+        for stop in (session.shouldstop, session.shouldfail):
+            if stop:
+                return f"the run was stopped: {stop}"
+        if exitstatus == pytest.ExitCode.INTERRUPTED:
+            return "the run was interrupted"
+        if exitstatus == pytest.ExitCode.INTERNAL_ERROR:
+            return "pytest had an internal error"
+        return ""
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say what the verdicts are and where they lie."""
+        if not self._verdicts:
+            return
+        totals = count(v.verdict for v in self._verdicts)
+        text = ", ".join(f"{number} {outcome}" for outcome, number in totals.items() if number)
+        terminalreporter.write_line(f"kvmi: {text} -> {self._session.run_dir}")
+
+
+class Nodes:
+    """What only a controller with pytest-xdist does."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._next_slot = 0
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell each worker where the run's directory is, and which slot it counts in.
+
+        A worker that replaces a crashed one gets a slot of its own: the dead one's counts
+        stay readable.
+        """
+        node.workerinput["kvmi_run_dir"] = str(self._session.run_dir)
+        node.workerinput["kvmi_slot"] = self._next_slot
+        if node.gateway.spec.popen:
+            node.workerinput["kvmi_controller_pid"] = os.getpid()
+        self._next_slot += 1
