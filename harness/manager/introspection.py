@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What makes a guest of QEMU one that can be introspected, as data.
+
+The options are those of the QEMU series' ``introspection`` object and of the
+socket chardev that becomes the introspection channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CHARDEV_ID", "OBJECT_ID", "SECRET_ID", "Introspection"]
+
+OBJECT_ID = "introspection0"
+CHARDEV_ID = "tool"
+SECRET_ID = "cookie"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Introspection:
+    """What a guest's ``introspection`` object and its chardev are given.
+
+    None and empty mean that the option is left out, so QEMU's default holds.
+    """
+
+    #: where the tool listens, as seen from the host
+    address: tuple[str, int]
+    #: the shared cookie; None: any tool is accepted
+    key: str | None = None
+    handshake_timeout_s: int | None = None
+    unhook_timeout_s: int | None = None
+    async_unhook: bool | None = None
+    #: allowed command ids; empty: all
+    commands: tuple[int, ...] = ()
+    #: allowed event ids; empty: all
+    events: tuple[int, ...] = ()
+    #: how long the chardev waits before it connects again; 0: never
+    reconnect_ms: int = 300
+
+    def chardev_option(self) -> str:
+        """The value of ``-chardev``."""
+        host, port = self.address
+        return f"socket,id={CHARDEV_ID},host={host},port={port},reconnect-ms={self.reconnect_ms}"
+
+    def object_option(self) -> str:
+        """The value of ``-object`` for the introspection object itself."""
+        parts = [f"introspection,id={OBJECT_ID},chardev={CHARDEV_ID}"]
+        if self.key is not None:
+            parts.append(f"key={SECRET_ID}")
+        if self.handshake_timeout_s is not None:
+            parts.append(f"handshake_timeout={self.handshake_timeout_s}")
+        if self.unhook_timeout_s is not None:
+            parts.append(f"unhook_timeout={self.unhook_timeout_s}")
+        if self.async_unhook is not None:
+            parts.append(f"async_unhook={'on' if self.async_unhook else 'off'}")
+        parts += [f"command={number}" for number in self.commands]
+        parts += [f"event={number}" for number in self.events]
+        return ",".join(parts)
+
+    def arguments(self) -> list[str]:
+        """The part of QEMU's command line that makes the object."""
+        argv = ["-chardev", self.chardev_option()]
+        if self.key is not None:
+            argv += ["-object", f"secret,id={SECRET_ID},data={self.key}"]
+        return [*argv, "-object", self.object_option()]
