@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The interface as data, and the codec made from it. A leaf: imports only the errors.
+
+profile = load_profile("v12")
+codec = Codec(profile)
+id, payload = codec.encode_command("VM_READ_PHYSICAL", gpa=0x1000, size=16)
+"""
+
+from harness.abi.clauses import Clause, Side, load_clauses, requirement_documents
+from harness.abi.codec import HEADER_SIZE, Codec
+from harness.abi.layout import Field, Record, Struct
+from harness.abi.messages import EventBody, Reply
+from harness.abi.profile import Command, Event, Ioctl, Profile, load_profile, profile_names
+
+__all__ = [
+    "HEADER_SIZE",
+    "Clause",
+    "Codec",
+    "Command",
+    "Event",
+    "EventBody",
+    "Field",
+    "Ioctl",
+    "Profile",
+    "Record",
+    "Reply",
+    "Side",
+    "Struct",
+    "load_clauses",
+    "load_profile",
+    "profile_names",
+    "requirement_documents",
+]

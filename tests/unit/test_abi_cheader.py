@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The compiler's check of uapi headers, against headers written here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.abi import load_profile
+from harness.abi.cheader import check_headers, generate_c
+from harness.errors import ConformanceError, UsageError
+
+PROFILE = load_profile("v12")
+C_TYPES = {"u": "unsigned ", "s": "signed "}
+C_WIDTHS = {"8": "char", "16": "short", "32": "int", "64": "long long"}
+
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
+
+
+def header(tmp_path: Path) -> Path:
+    """A directory with headers that have all that the profile says, as a kernel would."""
+    lines = [f"#define {c.c_name} {c.id}" for c in PROFILE.commands.values()]
+    lines += [f"#define {e.c_name} {e.id}" for e in PROFILE.events.values()]
+    lines += ["#define KVMI_VERSION 1", "enum { KVMI_VM_EVENT, KVMI_VCPU_EVENT };"]
+    for layout in PROFILE.structs.values():
+        lines.append(f"struct {layout.name} {{")
+        for one in layout.fields:
+            kind = f"struct {one.type}"
+            if one.struct is None:
+                kind = C_TYPES[one.type[0]] + C_WIDTHS[one.type[1:]]
+            count = "" if one.count is None else "[]" if one.flexible else f"[{one.count}]"
+            lines.append(f"\t{kind} {one.name}{count};")
+        lines.append("};")
+    (tmp_path / "linux").mkdir()
+    (tmp_path / "linux/kvmi.h").write_text("\n".join(lines) + "\n")
+    (tmp_path / "linux/kvm.h").write_text(
+        "#include <linux/ioctl.h>\n#define KVM_CAP_INTROSPECTION 999\n#define KVMIO 0xAE\n"
+        "struct kvm_introspection_hook;\nstruct kvm_introspection_feature;\n"
+        "#define KVM_INTROSPECTION_HOOK _IOW(KVMIO, 0xc8, struct kvm_introspection_hook)\n"
+        "#define KVM_INTROSPECTION_UNHOOK _IO(KVMIO, 0xc9)\n"
+        "#define KVM_INTROSPECTION_COMMAND _IOW(KVMIO, 0xca, struct kvm_introspection_feature)\n"
+        "#define KVM_INTROSPECTION_EVENT _IOW(KVMIO, 0xcb, struct kvm_introspection_feature)\n"
+        "#define KVM_INTROSPECTION_PREUNHOOK _IO(KVMIO, 0xcc)\n"
+    )
+    return tmp_path
+
+
+@needs_compiler
+def test_good_headers(tmp_path: Path) -> None:
+    """All assertions hold for headers that agree with the profile."""
+    check = check_headers(PROFILE, [header(tmp_path)])
+    assert check.assertions > 500
+    assert set(check.structs) == set(PROFILE.structs)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("#define KVMI_VM_GET_INFO 8", "#define KVMI_VM_GET_INFO 80", "id of KVMI_VM_GET_INFO"),
+        (
+            "unsigned long long gpa",
+            "unsigned int gpa",
+            "size of struct kvmi_page_access_entry is not 16",
+        ),
+        ("unsigned int max_msg_size;", "unsigned int max;", "max_msg_size"),
+    ],
+)
+def test_headers_that_differ(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """The first difference is named, the compiler's words are kept."""
+    kvmi = header(tmp_path) / "linux/kvmi.h"
+    kvmi.write_text(kvmi.read_text().replace(old, new, 1))
+    with pytest.raises(ConformanceError, match=f"headers differ .*{message}") as caught:
+        check_headers(PROFILE, [tmp_path])
+    assert "error:" in caught.value.details
+
+
+def test_a_part_of_the_interface() -> None:
+    """A series that is not complete is asked only for what it has, and what that contains."""
+    source = generate_c(PROFILE, commands=["VCPU_GET_REGISTERS"], events=["PAUSE"])
+    assert "sizeof(struct kvmi_vcpu_get_registers_reply) == 472" in source
+    assert "sizeof(struct kvm_segment) == 24" in source
+    assert "kvmi_vcpu_event_cr" not in source
+    assert "KVMI_VM_SET_PAGE_ACCESS" not in source
+
+
+def test_wrong_calls(tmp_path: Path) -> None:
+    """A missing directory or compiler is named."""
+    with pytest.raises(UsageError, match="nowhere is not a directory"):
+        check_headers(PROFILE, [tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match="no C compiler no-such-cc"):
+        check_headers(PROFILE, [tmp_path], compiler="no-such-cc")
