@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The connection to one agent process in a host: requests out, answers back.
+
+Requests may be sent from any thread and overlap; answers find their request by number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import DeadlineError, HarnessError, InfraError
+
+if TYPE_CHECKING:
+    from harness.hosts import Host
+
+__all__ = ["AgentLink"]
+
+START_TIMEOUT_S = 60.0
+_MARGIN_S = 20.0
+
+
+class AgentLink:
+    """An agent that runs in a host.
+
+    :param host: where to start it; the host's own error is raised when it is gone.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        source = Path(__file__).with_name("agent.py").read_bytes()
+        # The source comes over standard input: nothing is left in the host's file system.
+        loader = (
+            f"import sys; exec(compile(sys.stdin.buffer.read({len(source)}), 'agent.py', 'exec'))"
+        )
+        self._process = host.spawn(f"exec python3 -I -c {shlex.quote(loader)}")
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._waiting: set[int] = set()
+        self._changed = threading.Condition()
+        self._send_lock = threading.Lock()
+        self._ended: str | None = None
+        self._process.write(source)
+        self._reader = threading.Thread(target=self._read, name="host-agent", daemon=True)
+        self._reader.start()
+
+    def call(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> Any:
+        """Perform one request and answer its result.
+
+        :param timeout_s: how long the request itself may take (``limit_s`` in the request);
+            the way there and back has a margin of its own.
+        :raises DeadlineError: no answer came. The request may still be at work in the host.
+        :raises InfraError: the agent ended, or refused the request.
+        """
+        number = self.send(op, limit_s=timeout_s, **fields)
+        return self.wait(number, what=op, timeout_s=timeout_s + _MARGIN_S)
+
+    def send(self, op: str, **fields: Any) -> int:
+        """Send one request; answer the number to wait for."""
+        number = next(self._numbers)
+        line = json.dumps({"id": number, "op": op, **fields}, separators=(",", ":")) + "\n"
+        with self._changed:
+            self._waiting.add(number)
+        try:
+            with self._send_lock:
+                self._process.write(line.encode())
+        except OSError as error:
+            raise self._gone(f"cannot send {op} to the agent: {error}") from error
+        return number
+
+    def wait(self, number: int, *, what: str, timeout_s: float) -> Any:
+        """Wait for the answer to a request that was sent."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: number in self._answers or self._ended is not None, timeout_s
+            )
+            self._waiting.discard(number)
+            answer = self._answers.pop(number, None)
+            ended = self._ended
+        if answer is not None:
+            if "fault" in answer:
+                raise InfraError(f"the agent could not do {what}", details=answer["fault"])
+            return answer["ok"]
+        if ended is not None:
+            raise self._gone(f"the agent ended during {what}: {ended}")
+        self._host.check()
+        raise DeadlineError(f"the agent did not answer {what} in {timeout_s:.0f} s")
+
+    def answered(self, number: int) -> bool:
+        """Tell whether the answer to a request is there, without waiting."""
+        with self._changed:
+            return number in self._answers
+
+    def _gone(self, message: str) -> HarnessError:
+        """The error for an agent that is gone: the host's own, if the host is gone too."""
+        try:
+            self._host.check()
+        except HarnessError as error:
+            return error
+        return InfraError(message)
+
+    def _read(self) -> None:
+        reason = "its output ended"
+        try:
+            while line := self._process.stdout.readline():
+                answer = json.loads(line)
+                with self._changed:
+                    if answer["id"] in self._waiting:
+                        self._answers[answer["id"]] = answer
+                        self._changed.notify_all()
+        except (OSError, ValueError, HarnessError) as error:
+            reason = str(error)
+        with self._changed:
+            self._ended = reason
+            self._changed.notify_all()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the agent's output is still open."""
+        return self._ended is None
+
+    def close(self) -> None:
+        """End the agent by closing its standard input; everything it owns goes with it."""
+        self._process.close()
+        self._reader.join(timeout=5)
