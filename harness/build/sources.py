@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The sources that series apply to: Debian's ``linux-source-6.12`` and QEMU 10.0.
+
+What was fetched stays until :func:`fetch` is asked for something newer, so a new point
+release in the archive rebuilds nothing behind anybody's back.
+
+::
+
+    <cache>/sources/linux-source-6.12/source.json, linux-source-6.12_….deb
+    <cache>/sources/qemu/source.json, qemu_….dsc, qemu_….orig.tar.xz, …
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.build import cache
+from harness.build.archive import Apt, machine_archives, machine_codename, primary
+from harness.build.progress import Step, step
+from harness.build.run import bound_to_us, run_logged
+from harness.errors import BuildError
+from harness.settings import Settings
+
+__all__ = ["Source", "fetch", "linux_source", "qemu_source", "unpack"]
+
+LINUX_PACKAGE = "linux-source-6.12"
+QEMU_PACKAGE = "qemu"
+QEMU_VERSION = "10.0"
+# The Debian release that has QEMU 10.0, and the kernel for a machine whose own lacks it.
+RELEASE = "trixie"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source in the cache."""
+
+    name: str
+    """The package's name."""
+    version: str
+    """Debian's version of it."""
+    digest: str
+    """SHA-256 over what was fetched."""
+    main_file: Path
+    """The .deb or .dsc."""
+
+    @property
+    def upstream(self) -> str:
+        """The version its authors gave it, such as ``6.12.57`` or ``10.0.2``."""
+        without_epoch = self.version.rpartition(":")[2]
+        return re.split(r"[-+~]", without_epoch, maxsplit=1)[0]
+
+
+def linux_source(settings: Settings) -> Source:
+    """The kernel's source, fetched if the cache has none."""
+    return _kept(settings, LINUX_PACKAGE) or fetch(settings, LINUX_PACKAGE)
+
+
+def qemu_source(settings: Settings) -> Source:
+    """QEMU's source package, fetched if the cache has none."""
+    return _kept(settings, QEMU_PACKAGE) or fetch(settings, QEMU_PACKAGE)
+
+
+def _kept(settings: Settings, package: str) -> Source | None:
+    place = settings.cache / "sources" / package
+    try:
+        record = json.loads((place / "source.json").read_text())
+        source = Source(package, record["version"], record["digest"], place / record["main_file"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return source if source.main_file.is_file() else None
+
+
+def fetch(settings: Settings, package: str) -> Source:
+    """Fetch the newest that the machine's archive has, replacing what the cache held.
+
+    :raises BuildError: the archive cannot be reached, or does not have it.
+    """
+    place = settings.cache / "sources" / package
+    partial = place.with_suffix(".partial")
+    doing = f"fetching the source of {package}"
+    with (
+        cache.full_disk(settings.cache, doing),
+        cache.lock(place.parent / "lock", what="the sources"),
+        step(f"Fetch {package}") as progress,
+    ):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        main_file, version = _fetch_into(partial, package, settings.cache, progress)
+        digest = hashlib.sha256()
+        for path in sorted(partial.iterdir()):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        source = Source(package, version, digest.hexdigest(), place / main_file.name)
+        record = {"version": version, "digest": source.digest, "main_file": main_file.name}
+        (partial / "source.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    return source
+
+
+def _fetch_into(into: Path, package: str, root: Path, progress: Step) -> tuple[Path, str]:
+    codename = machine_codename()
+    archives = machine_archives(codename)
+    base = primary(archives, codename)
+    release = type(base)(base.uri, RELEASE, ("main",), base.options)
+    log = root / "logs" / f"fetch-{package}.log"
+    log.unlink(missing_ok=True)
+    if package == QEMU_PACKAGE:
+        apt = Apt(root / "apt", [release.stanza("deb-src")], log=log)
+        apt.update(progress)
+        main_file = apt.source(package, into, progress)
+        found = re.search(r"^Version: (\S+)", main_file.read_text(errors="replace"), re.MULTILINE)
+        version = found[1] if found else "?"
+        if f":{QEMU_VERSION}." not in f":{version.rpartition(':')[2]}":
+            raise BuildError(
+                f"the archive's {RELEASE} has QEMU {version}, not {QEMU_VERSION}",
+                hint="the series is for that version; point qemu_series to one for yours",
+            )
+    else:
+        # The machine's own release first: it is what its user would build from.
+        for offered in (archives, [release]):
+            apt = Apt(root / "apt", [one.stanza() for one in offered], log=log)
+            apt.update(progress)
+            if versions := apt.versions(package):
+                break
+        else:
+            raise BuildError(
+                f"no suite of {base.uri} that fits this machine has {package}",
+                hint=f"looked in {', '.join(one.suite for one in [*archives, release])}",
+            )
+        version = versions[0][0]
+        main_file = apt.download(package, version, into, progress)
+    apt.close()
+    return main_file, version
+
+
+def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
+    """Unpack ``source`` so that ``into``, which does not exist yet, is its top directory.
+
+    :raises BuildError: what was fetched is damaged.
+    """
+    if source.main_file.suffix == ".dsc":
+        # dpkg-source applies Debian's patches; without them the build looks for files
+        # that Debian removed from the tarball.
+        run_logged(
+            ["dpkg-source", "--no-check", "-x", str(source.main_file), str(into)],
+            cwd=into.parent,
+            log=log,
+            timeout_s=900,
+            what="unpacking QEMU's source",
+        )
+        return
+    progress.update(doing=source.main_file.name)
+    into.mkdir()
+    inner = f"./usr/src/{source.name}.tar.xz"
+    # A tarball in a package: piped through, so that the disk sees the files alone.
+    stages = [
+        ["dpkg-deb", "--fsys-tarfile", str(source.main_file)],
+        ["tar", "-xO", inner],
+        ["xz", "-dcT0"],
+        ["tar", "-x", "--strip-components=1", "-C", str(into)],
+    ]
+    _pipeline(stages, log=log, what=f"unpacking {source.name}")
+
+
+def _pipeline(stages: list[list[str]], *, log: Path, what: str) -> None:
+    """Run the programs of ``stages``, each reading what the one before writes."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
+    with log.open("wb") as complaints:
+        try:
+            for number, argv in enumerate(stages):
+                last = number == len(stages) - 1
+                process = subprocess.Popen(
+                    bound_to_us(argv),
+                    stdin=running[-1].stdout if running else subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if last else subprocess.PIPE,
+                    stderr=complaints,
+                )
+                if running and (pipe := running[-1].stdout) is not None:
+                    pipe.close()  # ours; the writer must see it when its reader dies
+                running.append(process)
+            statuses = [process.wait(900) for process in running]
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+    if any(statuses):
+        said = log.read_text(errors="replace").strip()
+        if "No space left" in said:
+            raise OSError(28, f"no space left while {what}")
+        raise BuildError(f"{what} failed", hint=f"log: {log}", details=said)
