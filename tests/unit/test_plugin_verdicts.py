@@ -5,101 +5,15 @@ generated suites, with a target that boots nothing."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
+from plugin_suite import Suite
 
 pytest_plugins = ["pytester"]
 
-CONFTEST = """
-import pathlib
-import threading
-import pytest
-from harness import errors
-
-
-class Console:
-    def __init__(self):
-        self.text = ""
-
-    def mark(self):
-        return len(self.text)
-
-    def since(self, mark):
-        return self.text[mark:]
-
-    def complaints(self, mark):
-        return [line for line in self.since(mark).splitlines() if "WARNING" in line]
-
-
-class Host:
-    def __init__(self, name, evidence):
-        self.name = name
-        self.evidence = evidence
-        self.console = Console()
-        self.fate = None
-        self.closed = False
-        (evidence / "console.log").write_text("booted\\n")
-
-    def check(self):
-        if self.fate is not None:
-            raise self.fate
-
-    def crash(self):
-        self.fate = errors.HostCrashedError("kernel panic on " + self.name)
-
-    def close(self):
-        self.closed = True
-
-
-class Target:
-    name = "fake"
-    started = []
-    fail = None
-
-    def start(self, *, name, evidence):
-        if Target.fail is not None:
-            raise Target.fail
-        host = Host(name, evidence)
-        self.started.append(host)
-        return host
-
-
-@pytest.fixture(scope="session")
-def target():
-    return Target()
-"""
-
-
-class Suite:
-    """A generated suite and its run."""
-
-    def __init__(self, pytester: pytest.Pytester) -> None:
-        self.pytester = pytester
-        pytester.makeconftest(CONFTEST)
-        self.run_dir = pytester.path / "run"
-
-    def run(self, source: str, *options: str) -> pytest.RunResult:
-        """Run pytest on one module with this text, in a process of its own."""
-        self.pytester.makepyfile(test_it=f"import pytest\nfrom harness import errors\n{source}")
-        return self.pytester.runpytest_subprocess(
-            "-p", "no:cacheprovider", f"--kvmi-run={self.run_dir}", *options
-        )
-
-    def records(self, kind: str = "verdict") -> list[dict[str, Any]]:
-        """The run's records of one kind."""
-        text = (self.run_dir / "verdicts.jsonl").read_text()
-        return [r for line in text.splitlines() if (r := json.loads(line))["kind"] == kind]
-
-    def verdicts(self) -> dict[str, str]:
-        """Test name (and clause, where it has several) to verdict."""
-        return {r["test"].partition("::")[2]: r["verdict"] for r in self.records()}
-
-    def record(self, test: str) -> dict[str, Any]:
-        """The one record of a test."""
-        (found,) = [r for r in self.records() if r["test"].endswith(f"::{test}")]
-        return found
+both_ways = pytest.mark.parametrize(
+    "options", [("-pno:xdist",), ("-n2",)], ids=["alone", "workers"]
+)
 
 
 @pytest.fixture
@@ -108,7 +22,7 @@ def suite(pytester: pytest.Pytester) -> Suite:
     return Suite(pytester)
 
 
-@pytest.mark.parametrize("options", [("-pno:xdist",), ("-n2",)], ids=["alone", "workers"])
+@both_ways
 def test_whose_fault(suite: Suite, options: tuple[str, ...]) -> None:
     """Each way a test can end has its verdict, with workers and without."""
     suite.run(
@@ -136,7 +50,7 @@ def test_whose_fault(suite: Suite, options: tuple[str, ...]) -> None:
             yield
             raise OSError("cannot close")
         def test_teardown(untidy): pass
-        """.replace("\n        ", "\n"),
+        """,
         *options,
     )
     assert suite.verdicts() == {
@@ -158,7 +72,212 @@ def test_whose_fault(suite: Suite, options: tuple[str, ...]) -> None:
         assert record["verdict"] == "PASS" or record["reason"]
         for path in record.get("evidence", {}).values():
             assert (suite.run_dir / path).is_file()
-    assert (
-        "errno differs"
-        in Path(suite.run_dir / suite.record("test_assertion")["evidence"]["failure"]).read_text()
+    assert "errno differs" in suite.evidence("test_assertion", "failure")
+
+
+def test_assertion_inside_the_package_is_ours(suite: Suite) -> None:
+    """An invariant of this package that fails says nothing about the kernel."""
+    suite.run(
+        """
+        from harness.report import model
+
+        @pytest.mark.clause("HOOK-OK")
+        def test_inside():
+            exec(compile("assert False", model.__file__, "exec"), {})
+        """
     )
+    assert suite.verdicts() == {"test_inside": "ERROR"}
+
+
+def test_several_clauses(suite: Suite) -> None:
+    """One line for each clause; a test may skip one, and say which reading it saw."""
+    suite.run(
+        '''
+        @pytest.mark.clause("HOOK-OK", "EV-HYPERCALL-NOTOOL")
+        @pytest.mark.clause("HOOK-ENOMEM")
+        def test_it(clauses):
+            """What it is about,
+            in two lines.
+
+            And more."""
+            clauses.skip("HOOK-ENOMEM", "no fault injection")
+            clauses.seen("EV-HYPERCALL-NOTOOL", "enosys")
+            clauses.note("took two tries")
+        '''
+    )
+    found = {r["clause"]: r for r in suite.records()}
+    assert {clause: r["verdict"] for clause, r in found.items()} == {
+        "HOOK-OK": "PASS",
+        "EV-HYPERCALL-NOTOOL": "PASS",
+        "HOOK-ENOMEM": "SKIP",
+    }
+    assert found["HOOK-ENOMEM"]["reason"] == "no fault injection"
+    assert found["EV-HYPERCALL-NOTOOL"]["seen"] == "enosys"
+    assert found["HOOK-OK"]["notes"] == ["took two tries"]
+    assert found["HOOK-OK"]["description"] == "What it is about, in two lines."
+
+
+def test_several_errors_at_once(suite: Suite) -> None:
+    """Of several failing tear-downs the kernel's fault decides; nothing is lost."""
+    suite.run(
+        """
+        @pytest.fixture
+        def one():
+            yield
+            raise OSError("cannot close")
+
+        @pytest.fixture
+        def two(one):
+            yield
+            raise errors.SilenceError("no unhook event")
+
+        @pytest.mark.clause("HOOK-OK")
+        def test_both(two): pass
+        """
+    )
+    record = suite.record("test_both")
+    assert record["verdict"] == "FAIL"
+    assert "no unhook event" in record["reason"]
+    assert "cannot close" in suite.evidence("test_both", "failure_teardown")
+
+
+@both_ways
+def test_unknown_clause(suite: Suite, options: tuple[str, ...]) -> None:
+    """A clause that does not exist is a usage error that names test and near ids."""
+    result = suite.run(
+        """
+        @pytest.mark.clause("HOOK-EINVAL-PADING")
+        def test_typo(): pass
+        """,
+        *options,
+    )
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*test_typo: unknown clause 'HOOK-EINVAL-PADING'*-PADDING*"])
+
+
+def test_choice_and_repetition(suite: Suite) -> None:
+    """--kvmi-clause takes ids and patterns; --kvmi-repeat runs each test several times."""
+    suite.run(
+        """
+        @pytest.mark.clause("HOOK-OK")
+        def test_one(): pass
+        @pytest.mark.clause("HOOK-ENOMEM")
+        def test_two(): pass
+        @pytest.mark.clause("UNHOOK-FREES")
+        def test_three(): pass
+        """,
+        "--kvmi-clause=HOOK-E*",
+        "--kvmi-clause=UNHOOK-FREES",
+        "--kvmi-repeat=2",
+    )
+    assert suite.verdicts() == {
+        "test_two[1of2]": "PASS",
+        "test_two[2of2]": "PASS",
+        "test_three[1of2]": "PASS",
+        "test_three[2of2]": "PASS",
+    }
+
+
+def test_leaks_are_errors(suite: Suite) -> None:
+    """Threads left behind, and exceptions in threads and finalisers, are our errors."""
+    suite.run(
+        """
+        import gc, threading
+        pytestmark = pytest.mark.clause("HOOK-OK")
+
+        def test_thread():
+            threading.Thread(target=threading.Event().wait, name="lost", daemon=True).start()
+
+        def test_thread_exception():
+            thread = threading.Thread(target=lambda: 1 / 0)
+            thread.start()
+            thread.join()
+
+        def test_finaliser():
+            class Bad:
+                def __del__(self): raise ValueError("in __del__")
+            Bad()
+            gc.collect()
+
+        def test_after(): pass
+        """
+    )
+    assert suite.verdicts() == {
+        "test_thread": "ERROR",
+        "test_thread_exception": "ERROR",
+        "test_finaliser": "ERROR",
+        "test_after": "PASS",
+    }
+    assert "lost" in suite.record("test_thread")["reason"]
+
+
+def test_time_limit(suite: Suite) -> None:
+    """A test that exceeds its limit is our ERROR, with the place where it waited."""
+    suite.run(
+        """
+        import threading
+
+        @pytest.mark.clause("HOOK-OK")
+        @pytest.mark.timeout(0.3)
+        def test_waits(): threading.Event().wait(20)
+
+        @pytest.mark.clause("HOOK-OK")
+        def test_next(): pass
+        """
+    )
+    assert suite.verdicts() == {"test_waits": "ERROR", "test_next": "PASS"}
+    assert "limit of 0.3 s" in suite.record("test_waits")["reason"]
+    assert "wait(20)" in suite.evidence("test_waits", "failure")
+
+
+def test_timeline(suite: Suite) -> None:
+    """Steps are written as they happen, with their outcome."""
+    suite.run(
+        """
+        @pytest.mark.clause("HOOK-OK")
+        @pytest.mark.lifecycle
+        def test_steps(timeline):
+            with timeline.step("hook"):
+                with timeline.step("handshake"): pass
+            timeline.mark("event")
+            with timeline.step("migrate"):
+                assert False, "no migration"
+        """
+    )
+    lines = [json.loads(line) for line in suite.evidence("test_steps", "timeline").splitlines()]
+    assert [(line["step"], line["state"], line.get("depth", 0)) for line in lines] == [
+        ("hook", "begin", 0),
+        ("handshake", "begin", 1),
+        ("handshake", "ok", 1),
+        ("hook", "ok", 0),
+        ("event", "mark", 0),
+        ("migrate", "begin", 0),
+        ("migrate", "failed", 0),
+    ]
+
+
+def test_inert_for_plain_tests(pytester: pytest.Pytester) -> None:
+    """A suite without clauses sees nothing of the plugin."""
+    pytester.makepyfile("def test_plain(): pass")
+    result = pytester.runpytest_subprocess("-n1")
+    result.assert_outcomes(passed=1)
+    assert "kvmi:" not in result.stdout.str()
+    assert not (pytester.path / "reports").exists()
+
+
+def test_by_hand(pytester: pytest.Pytester) -> None:
+    """Without --kvmi-run a run's directory is made, and reports/latest points to it."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.clause("HOOK-OK")
+        def test_it(): pass
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    latest = pytester.path / "reports" / "latest"
+    assert latest.is_symlink()
+    with (latest / "verdicts.jsonl").open() as lines:
+        assert [json.loads(line)["kind"] for line in lines] == ["run", "verdict", "end"]
+    result.stdout.fnmatch_lines(["kvmi: 1 PASS -> *"])
