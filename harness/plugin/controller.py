@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 
 from harness.plugin.collect import USAGE
@@ -56,6 +57,7 @@ class Controller:
         self._start = time.monotonic()
         self._usage_error = False
         self._collect_errors: list[str] = []
+        self._deaths = 0
         self._verdicts: list[Verdict] = []
         parent = os.environ.get(PARENT_VARIABLE)
         if parent and session.given_run_dir:
@@ -64,10 +66,23 @@ class Controller:
     # -- writing
 
     def _write(self, verdict: Verdict) -> None:
+        """Hand a verdict to the file at once.
+
+        A run whose verdicts cannot be written any more is ended: going on would lose them.
+        """
+        try:
+            self._opened().write(verdict)
+        except OSError as error:
+            pytest.exit(
+                f"verdicts cannot be written to {self._session.run_dir}: {error.strerror}",
+                returncode=pytest.ExitCode.INTERNAL_ERROR,
+            )
+        self._verdicts.append(verdict)
+
+    def _opened(self) -> VerdictFile:
         if self._file is None:
             self._file = self._open()
-        self._file.write(verdict)
-        self._verdicts.append(verdict)
+        return self._file
 
     def _open(self) -> VerdictFile:
         run_dir = self._session.run_dir
@@ -150,18 +165,16 @@ class Controller:
             )
 
     def _target(self) -> str:
-        self._ensure_open()
+        self._opened()
         return self._facts.target
 
     def _series(self) -> str:
+        self._opened()
         return self._facts.series
-
-    def _ensure_open(self) -> None:
-        if self._file is None:
-            self._file = self._open()
 
     def _crashed(self, report: pytest.TestReport) -> None:
         """A worker died while it ran this test; pytest-xdist starts another worker."""
+        self._deaths += 1
         phases = self._running.pop(report.nodeid, None)
         planned = next(
             (p for p in read_plan(self._session.run_dir) if p.test == report.nodeid), None
@@ -200,31 +213,20 @@ class Controller:
         if not plan and self._file is None:
             return
         why = self._why(session, exitstatus)
-        for verdict in missing(plan, self._verdicts, reason=why or "it never came to its turn"):
-            self._ensure_open()
+        lost = missing(plan, self._verdicts, reason=why or "it never came to its turn")
+        for verdict in lost:
             self._write(
-                Verdict(
-                    clause=verdict.clause,
-                    verdict=verdict.verdict,
-                    test=verdict.test,
-                    target=self._target(),
-                    series=self._series(),
-                    duration_s=0.0,
-                    reason=verdict.reason,
-                    description=verdict.description,
-                )
+                msgspec.structs.replace(verdict, target=self._target(), series=self._series())
             )
-        self._ensure_open()
-        assert self._file is not None
-        self._file.write(
+        self._opened().write(
             End(
                 finished=utc_now(),
                 duration_s=round(time.monotonic() - self._start, 3),
                 exit_code=exit_code(self._verdicts),
-                reason=why,
+                reason=why if lost else "",
             )
         )
-        self._file.close()
+        self._opened().close()
 
     def _why(self, session: pytest.Session, exitstatus: int) -> str:
         """Why a run ended before all of its tests ran, if it did."""
@@ -237,6 +239,8 @@ class Controller:
             return "the run was interrupted"
         if exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             return "pytest had an internal error"
+        if self._deaths > 1:
+            return f"{self._deaths} workers died, so no more were started"
         return ""
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
