@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel: Debian's source, a series, a small configuration; one bzImage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import paths
+from harness.build import cache, kconfig
+from harness.build.progress import Step, step
+from harness.build.run import output_of, run_logged
+from harness.build.series import Series, load_series
+from harness.build.sources import Source, linux_source, unpack
+from harness.build.tree import SourceTree
+from harness.settings import Settings
+
+__all__ = ["KernelBuild", "build_kernel", "half_written_removed"]
+
+_TIMEOUT_S = 4 * 3600
+_SPACE_FIRST_MB = 3000
+_SPACE_AGAIN_MB = 300
+# Lines that make prints for the base configuration from nothing, to show how far it is.
+_LINES_FROM_NOTHING = 2250
+
+# Who built it and when would make every image differ from the last.
+_VARIABLES = {
+    "KBUILD_BUILD_USER": "kvmi",
+    "KBUILD_BUILD_HOST": "harness",
+    "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
+    "KBUILD_BUILD_VERSION": "1",
+}
+
+
+@dataclass(frozen=True)
+class KernelBuild:
+    """A kernel in the cache."""
+
+    bzimage: Path
+    config: Path
+    """The configuration it was built with, complete."""
+    release: str
+    """What ``uname -r`` says: the version, and the start of the series' digest."""
+    key: str
+    """The hash of all that went into it."""
+    series: str
+    """What reports call the series: ``linux@`` and the start of its digest."""
+
+
+def build_kernel(settings: Settings) -> KernelBuild:
+    """The kernel of ``settings.kernel_series`` and ``settings.flavour``, built if need be.
+
+    :raises UsageError: the series or the flavour is not there.
+    :raises PatchError: a patch does not apply; the source tree is as it was.
+    :raises ConfigError: an option that a fragment asks for got lost.
+    :raises BuildError: fetching, unpacking or compiling failed.
+    """
+    series = load_series(settings.kernel_series)
+    fragments = _fragments(settings.flavour, series)
+    asked = [one for path in fragments for one in kconfig.read_fragment(path)]
+    source = linux_source(settings)
+    inputs: dict[str, cache.Input] = {
+        "source": f"{source.name} {source.version} {source.digest}",
+        "series": series.digest,
+        "configuration": "\n".join(f"CONFIG_{one.option}={one.value}" for one in asked),
+        "recipe": json.dumps(["tinyconfig", "olddefconfig", "bzImage", _VARIABLES]),
+        "compiler": _compiler(),
+    }
+
+    def make(into: Path) -> None:
+        with step("Build kernel") as progress:
+            _make(
+                settings, into, source=source, series=series, fragments=fragments, progress=progress
+            )
+
+    place = cache.entry("kernel", inputs, make, root=settings.cache)
+    record = json.loads((place / "build.json").read_text())
+    return KernelBuild(
+        bzimage=place / "bzImage",
+        config=place / "config",
+        release=record["release"],
+        key=place.name,
+        series=series.id,
+    )
+
+
+def _fragments(flavour: str, series: Series) -> list[Path]:
+    names = ["base"]
+    if series.patches:  # an unpatched kernel has none of the series' options
+        names.append("introspection")
+    if flavour not in names:
+        names.append(flavour)
+    return [paths.KERNEL_CONFIG / f"{name}.config" for name in names]
+
+
+def _compiler() -> str:
+    versions = [output_of([tool, "--version"]).splitlines()[0] for tool in ("gcc", "ld")]
+    return "; ".join(versions)
+
+
+def _make(
+    settings: Settings,
+    into: Path,
+    *,
+    source: Source,
+    series: Series,
+    fragments: list[Path],
+    progress: Step,
+) -> None:
+    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
+    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+    log = settings.cache / "logs" / "kernel.log"
+    build = place / f"build-{settings.flavour}"
+    first = not build.is_dir()
+    cache.require_space(
+        settings.cache,
+        megabytes=_SPACE_FIRST_MB if first else _SPACE_AGAIN_MB,
+        purpose="building the kernel",
+    )
+    with tree.locked() as lock:
+        log.unlink(missing_ok=True)
+        progress.update(doing="unpacking the source")
+        tree.prepare(lambda src: unpack(source, src, log=log, progress=progress))
+        progress.update(doing=f"applying {len(series.patches)} patches")
+        tree.switch(series)
+        build.mkdir(exist_ok=True)
+
+        lines = 0
+
+        def count(line: str) -> None:
+            nonlocal lines
+            lines += 1
+            progress.update(done=lines, doing=line.strip().rpartition(" ")[2])
+
+        def make(*targets: str, on_line: bool = False, **variables: str) -> None:
+            run_logged(
+                [
+                    "make",
+                    f"-j{settings.jobs}",
+                    f"O={build}",
+                    *(f"{name}={value}" for name, value in (_VARIABLES | variables).items()),
+                    *targets,
+                ],
+                cwd=tree.src,
+                log=log,
+                timeout_s=_TIMEOUT_S,
+                env=_environment(),
+                what="kernel build",
+                on_line=count if on_line else None,
+                hold=[lock],
+            )
+
+        progress.update(doing="configuring")
+        wanted = build / "wanted.config"
+        make("tinyconfig", KCONFIG_CONFIG=str(wanted))
+        with wanted.open("a") as file:
+            for path in fragments:
+                file.write(path.read_text())
+        make("olddefconfig", KCONFIG_CONFIG=str(wanted))
+        config = wanted.read_text()
+        asked = [one for path in fragments for one in kconfig.read_fragment(path)]
+        kconfig.check(asked, config, tree=tree.src, base=f"{source.name} {source.version}")
+        current = build / ".config"
+        if not current.exists() or current.read_text() != config:
+            # Its time is what make goes by: left alone unless something changed.
+            wanted.replace(current)
+
+        if first:
+            progress.update(total=_LINES_FROM_NOTHING)
+        label = series.digest[:8] if series.patches else "base"
+        with half_written_removed(build):
+            make("bzImage", on_line=True, LOCALVERSION=f"-kvmi-{label}")
+        release = (build / "include/config/kernel.release").read_text().strip()
+        shutil.copyfile(build / "arch/x86/boot/bzImage", into / "bzImage")
+        shutil.copyfile(current, into / "config")
+        (into / "build.json").write_text(json.dumps({"release": release}) + "\n")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what would quietly change a kernel build."""
+    unwanted = ("KBUILD_", "KCONFIG_", "KCFLAGS", "KAFLAGS", "MAKEFLAGS", "MAKELEVEL", "ARCH",
+                "CROSS_COMPILE", "LOCALVERSION", "CC", "LD", "CFLAGS", "LLVM")  # fmt: skip
+    return {
+        **{
+            key: value
+            for key, value in os.environ.items()
+            if not any(
+                key == name or (name[-1] == "_" and key.startswith(name)) for name in unwanted
+            )
+        },
+        "LC_ALL": "C",
+    }
+
+
+@contextmanager
+def half_written_removed(build: Path) -> Iterator[None]:
+    """Build in ``build``; should we be killed, the next build starts without half objects.
+
+    make removes what it was writing when it is ended by a signal that it can catch. After
+    SIGKILL or a power cut an object may be cut short and yet look up to date. Kbuild
+    writes an object's ``.cmd`` file after the object, which tells which ones are whole.
+    """
+    mark = build / ".unfinished"
+    if mark.exists():
+        for record in build.rglob(".*.cmd"):
+            target = record.with_name(record.name[1:-4])
+            if target.exists() and target.stat().st_mtime_ns > record.stat().st_mtime_ns:
+                target.unlink()
+    mark.touch()
+    yield
+    mark.unlink()

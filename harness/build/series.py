@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A patch series: an ordered set of ``git format-patch`` files in a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import PatchError, UsageError
+
+__all__ = ["Patch", "Series", "failure", "load_series"]
+
+_TOUCHED = re.compile(
+    rb"^(?:diff --git a/(?P<old>\S+) b/(?P<new>\S+)"
+    rb"|--- a/(?P<minus>[^\t\n]+)|\+\+\+ b/(?P<plus>[^\t\n]+)"
+    rb"|(?:rename|copy) (?:from|to) (?P<moved>[^\n]+))",
+    re.MULTILINE,
+)
+_SUBJECT = re.compile(r"^Subject: (?:\[[^]]*\] )?(?P<text>.*(?:\n[ \t].*)*)", re.MULTILINE)
+_FILE_LINE = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.MULTILINE)
+_FILE_ONLY = re.compile(r"^error: (?P<file>[^:\n]+): (?P<why>.+)$", re.MULTILINE)
+_CORRUPT = re.compile(r"^error: (?P<why>corrupt patch at (?:.*:|line )(?P<line>\d+))", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One file of a series."""
+
+    path: Path
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        """The file's name, by which messages call the patch."""
+        return self.path.name
+
+    @property
+    def subject(self) -> str:
+        """The patch's one-line title, without ``[PATCH …]``; the file name if it has none."""
+        found = _SUBJECT.search(self.content.decode(errors="replace"))
+        return " ".join(found["text"].split()) if found else self.name
+
+    def touched(self) -> set[str]:
+        """All paths that the patch may read, change, make, move or remove.
+
+        A line of the patch's own text that happens to look like a header gives a path
+        too many; that does no harm where this is used.
+        """
+        return {
+            value.decode(errors="surrogateescape")
+            for found in _TOUCHED.finditer(self.content)
+            for value in found.groupdict().values()
+            if value is not None
+        }
+
+
+@dataclass(frozen=True)
+class Series:
+    """The patches of a directory, in the order of their names. There may be none."""
+
+    directory: Path
+    patches: tuple[Patch, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the patches' contents in their order; names do not count."""
+        summary = hashlib.sha256()
+        for patch in self.patches:
+            summary.update(hashlib.sha256(patch.content).digest())
+        return summary.hexdigest()
+
+    @property
+    def id(self) -> str:
+        """What reports call the series: the directory's name and the start of the digest."""
+        return f"{self.directory.name}@{self.digest[:12]}"
+
+    def touched(self) -> set[str]:
+        """All paths that some patch touches."""
+        return set().union(*(patch.touched() for patch in self.patches))
+
+
+def load_series(directory: Path) -> Series:
+    """Read ``directory/*.patch``.
+
+    :raises UsageError: it is no directory, or a file in it cannot be read.
+    """
+    if not directory.is_dir():
+        raise UsageError(
+            f"the series {directory} is no directory",
+            hint="a series is a directory of git format-patch files; it may be empty",
+        )
+    try:
+        patches = [
+            Patch(path, path.read_bytes())
+            for path in sorted(directory.glob("*.patch"))
+            # format-patch's cover letter is text for people.
+            if not path.name.startswith("0000-")
+        ]
+    except OSError as error:
+        raise UsageError(f"the series {directory} cannot be read: {error}") from error
+    return Series(directory, tuple(patches))
+
+
+def failure(patch: Patch, complaint: str, *, base: str, kind: str) -> PatchError:
+    """The error for a patch that ``git apply`` refused with ``complaint``.
+
+    :param base: what it was applied to, for people.
+    :param kind: ``kernel`` or ``qemu``, as the tree tasks call it.
+    """
+    text = patch.content.decode(errors="replace")
+    hunk = ""
+    if found := _FILE_LINE.search(complaint):
+        where = f"{found['file']} line {found['line']}"
+        hunk = _hunk(text, found["file"], int(found["line"]))
+        if hunk:
+            where += f" (hunk {hunk.splitlines()[0]})"
+    elif found := _CORRUPT.search(complaint):
+        where = f"the patch file itself is damaged at its line {found['line']}"
+    elif found := _FILE_ONLY.search(complaint):
+        where = f"{found['file']}: {found['why']}"
+    else:
+        where = complaint.strip().splitlines()[0] if complaint.strip() else "git gave no reason"
+    return PatchError(
+        f"patch {patch.name} does not apply to {base}: {where}",
+        hint=(
+            f"`inv tree.edit {kind}` makes a tree in which to correct it, "
+            f"`inv tree.refresh {kind}` writes the series back"
+        ),
+        details="\n".join(part for part in (complaint.strip(), hunk) if part),
+    )
+
+
+def _hunk(text: str, file: str, line: int) -> str:
+    """The hunk of ``file`` that starts at ``line`` of the old file, as it stands in the patch."""
+    inside = False
+    taken: list[str] = []
+    for row in text.splitlines():
+        if row.startswith(("diff --git ", "-- ")):
+            if taken:
+                break
+            inside = inside and not row.startswith("diff --git ")
+        if row in (f"--- a/{file}", f"+++ b/{file}"):
+            inside = True
+        elif row.startswith("@@ -"):
+            if taken:
+                break
+            if inside and re.match(rf"@@ -{line}[, ]", row):
+                taken.append(row)
+        elif taken:
+            taken.append(row)
+    return "\n".join(taken)
