@@ -2,12 +2,15 @@
 """What makes a guest of QEMU one that can be introspected, as data.
 
 The options are those of the QEMU series' ``introspection`` object and of the
-socket chardev that becomes the introspection channel.
+socket chardev that becomes the introspection channel. Each is known in both of
+QEMU's forms: as command-line options, and as arguments of QMP commands.
 """
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["CHARDEV_ID", "OBJECT_ID", "SECRET_ID", "Introspection"]
 
@@ -26,7 +29,7 @@ class Introspection:
     #: where the tool listens, as seen from the host
     address: tuple[str, int]
     #: the shared cookie; None: any tool is accepted
-    key: str | None = None
+    key: bytes | None = None
     handshake_timeout_s: int | None = None
     unhook_timeout_s: int | None = None
     async_unhook: bool | None = None
@@ -37,10 +40,27 @@ class Introspection:
     #: how long the chardev waits before it connects again; 0: never
     reconnect_ms: int = 300
 
+    # -- command line --------------------------------------------------------------
+
+    def arguments(self) -> list[str]:
+        """The part of QEMU's command line that makes secret, chardev and object."""
+        argv = ["-chardev", self.chardev_option()]
+        if self.key is not None:
+            argv += ["-object", self.secret_option()]
+        return [*argv, "-object", self.object_option()]
+
     def chardev_option(self) -> str:
         """The value of ``-chardev``."""
         host, port = self.address
         return f"socket,id={CHARDEV_ID},host={host},port={port},reconnect-ms={self.reconnect_ms}"
+
+    def secret_option(self) -> str:
+        """The value of ``-object`` for the key.
+
+        In base64, which keeps any byte and QEMU's option syntax apart.
+        """
+        data = base64.b64encode(self.key or b"").decode()
+        return f"secret,id={SECRET_ID},format=base64,data={data}"
 
     def object_option(self) -> str:
         """The value of ``-object`` for the introspection object itself."""
@@ -57,9 +77,32 @@ class Introspection:
         parts += [f"event={number}" for number in self.events]
         return ",".join(parts)
 
-    def arguments(self) -> list[str]:
-        """The part of QEMU's command line that makes the object."""
-        argv = ["-chardev", self.chardev_option()]
+    # -- QMP -----------------------------------------------------------------------
+
+    def chardev_add(self) -> dict[str, Any]:
+        """The arguments of ``chardev-add``."""
+        host, port = self.address
+        return {
+            "id": CHARDEV_ID,
+            "backend": {
+                "type": "socket",
+                "data": {
+                    "addr": {"type": "inet", "data": {"host": host, "port": str(port)}},
+                    "server": False,
+                    "reconnect-ms": self.reconnect_ms,
+                },
+            },
+        }
+
+    def object_add(self) -> dict[str, Any]:
+        """The arguments of ``object-add`` for the introspection object."""
+        arguments: dict[str, Any] = {
+            "qom-type": "introspection",
+            "id": OBJECT_ID,
+            "chardev": CHARDEV_ID,
+        }
         if self.key is not None:
-            argv += ["-object", f"secret,id={SECRET_ID},data={self.key}"]
-        return [*argv, "-object", self.object_option()]
+            arguments["key"] = SECRET_ID
+        if self.unhook_timeout_s is not None:
+            arguments["unhook_timeout"] = self.unhook_timeout_s
+        return arguments

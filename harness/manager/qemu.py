@@ -6,9 +6,9 @@ over QMP, and its Linux is reached over SSH; all three ways go through the host,
 so this module is the same for every target. The process ends with the guest
 object, with the SSH session that started it, and with the host.
 
-Evidence of a guest called ``NAME``: ``NAME.argv`` (the command line),
-``NAME.qmp.jsonl`` (all of QMP), ``NAME.qemu.log`` (QEMU's own messages) and
-``NAME.console.log`` (the guest's serial console).
+Evidence of a guest called ``NAME``: ``argv_NAME.txt`` (the command line),
+``qmp_NAME.jsonl`` (all of QMP), ``qemu_NAME.log`` (QEMU's own messages) and
+``console_NAME.log`` (the guest's serial console).
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class QemuGuest:
         host: Host,
         *,
         name: str,
+        label: str | None = None,
         evidence: Path,
         qmp_port: int,
         ssh_port: int | None = None,
@@ -78,11 +79,14 @@ class QemuGuest:
         cpus: int = 1,
         incoming: str | None = None,
         paused: bool = False,
+        accelerator: str = "kvm",
         extra: Sequence[str] = (),
     ) -> None:
         """Describe a guest; nothing happens in the host yet.
 
-        :param name: QEMU's ``-name``, and the prefix of the evidence files.
+        :param name: QEMU's ``-name``, which the introspection tool is told.
+        :param label: what messages and evidence call it; the name by default. Two QEMUs
+            that share a guest's name need different ones.
         :param evidence: an existing directory.
         :param qmp_port: free TCP port of the host's loopback for QMP.
         :param ssh_port: free TCP port of the host's loopback that leads to the guest's
@@ -94,6 +98,7 @@ class QemuGuest:
         """
         self.host = host
         self.name = name
+        self.label = label or name
         self.evidence = evidence
         self.qmp_port = qmp_port
         self.ssh_port = ssh_port
@@ -103,11 +108,12 @@ class QemuGuest:
         self.cpus = cpus
         self.incoming = incoming
         self.paused = paused
+        self.accelerator = accelerator
         self.extra = tuple(extra)
         self._program: HostProgram | None = None
         self._link: QmpLink | None = None
         self._shell: GuestShell | None = None
-        self._directory = f"{RUN_DIRECTORY}/{name}"
+        self._directory = f"{RUN_DIRECTORY}/{self.label}"
 
     # -- command line --------------------------------------------------------------
 
@@ -125,8 +131,8 @@ class QemuGuest:
             # i440fx rather than microvm: the kernel finds its devices by PCI, and
             # reset, powerdown and migration work as on the machines people run.
             "-machine", "pc,usb=off,vmport=off,hpet=off,graphics=off",
-            "-accel", "kvm",
-            "-cpu", "host",
+            "-accel", self.accelerator,
+            "-cpu", "host" if self.accelerator == "kvm" else "max",
             "-smp", str(self.cpus),
             "-m", f"{self.memory_mb}M",
             # A file in the host's memory: one write per character costs less there than
@@ -157,6 +163,13 @@ class QemuGuest:
             "-device", "virtio-net-pci,netdev=net,romfile=",
         ]  # fmt: skip
 
+    def preparation(self) -> str:
+        """The shell commands that a host has to run before it runs :meth:`arguments`."""
+        commands = f"mkdir -p {self._directory}"
+        if self.ssh_port is None:
+            commands += " && " + _MAKE_IDLE_FIRMWARE.format(directory=self._directory)
+        return commands
+
     # -- life ----------------------------------------------------------------------
 
     def start(self, *, timeout_s: float = START_TIMEOUT_S) -> Self:
@@ -168,16 +181,13 @@ class QemuGuest:
         State after a failure: closed, nothing of this guest runs in the host.
         """
         argv = self.arguments()
-        (self.evidence / f"{self.name}.argv").write_text(shlex.join(argv) + "\n")
-        prepare = f"mkdir -p {self._directory}"
-        if self.ssh_port is None:
-            prepare += "; " + _MAKE_IDLE_FIRMWARE.format(directory=self._directory)
+        self._evidence("argv", "txt").write_text(shlex.join(argv) + "\n")
         self._program = HostProgram(
             self.host,
             argv,
-            name=f"QEMU of guest {self.name}",
-            log=self.evidence / f"{self.name}.qemu.log",
-            prepare=prepare,
+            name=f"QEMU of guest {self.label}",
+            log=self._evidence("qemu", "log"),
+            prepare=self.preparation(),
         )
         try:
             self._link = self._connect_qmp(self._program, time.monotonic() + timeout_s)
@@ -195,24 +205,22 @@ class QemuGuest:
                 continue
             try:
                 sock = self.host.connect(self.qmp_port, timeout_s=5)
-                return QmpLink(
-                    sock, name=self.name, transcript=self.evidence / f"{self.name}.qmp.jsonl"
-                )
+                return QmpLink(sock, name=self.label, transcript=self._evidence("qmp", "jsonl"))
             except InfraError as error:
                 # Not listening yet, or QEMU is going down; the loop finds out which.
                 reason = str(error)
                 program.pause(0.1)
         self.host.check()
         raise DeadlineError(
-            f"guest {self.name}: QEMU runs in the host but its QMP did not answer: {reason}",
-            hint=f"read {self.evidence / (self.name + '.qemu.log')}",
+            f"guest {self.label}: QEMU runs in the host but its QMP did not answer: {reason}",
+            hint=f"read {self._evidence('qemu', 'log')}",
             details=program.text(),
         )
 
     def _start_failure(self) -> HarnessError:
         said = self.program.text().strip()
         last = said.splitlines()[-1] if said else "it said nothing"
-        message = f"guest {self.name}: QEMU did not start: {last}"
+        message = f"guest {self.label}: QEMU did not start: {last}"
         if "host forwarding rule" in said or "already in use" in said:
             return InfraError(
                 message,
@@ -220,7 +228,7 @@ class QemuGuest:
                 details=said,
             )
         return ConformanceError(
-            message, hint=f"its command line is in {self.evidence / (self.name + '.argv')}",
+            message, hint=f"its command line is in {self._evidence('argv', 'txt')}",
             details=said,
         )  # fmt: skip
 
@@ -231,8 +239,16 @@ class QemuGuest:
         :raises InfraError: the guest was not started, or is closed.
         """
         if self._program is None:
-            raise InfraError(f"guest {self.name} does not run")
+            raise InfraError(f"guest {self.label} does not run")
         return self._program
+
+    def quit(self, *, timeout_s: float = 10.0) -> None:
+        """Ask QEMU to end, and wait until it is gone.
+
+        :raises SilenceError: it still runs after ``timeout_s``.
+        """
+        self.send("quit")
+        self.program.wait_exited(timeout_s=timeout_s)
 
     def kill(self) -> None:
         """End QEMU as ``kill -9`` does, and wait until it is gone."""
@@ -262,12 +278,15 @@ class QemuGuest:
     ) -> None:
         self.close()
 
+    def _evidence(self, kind: str, suffix: str) -> Path:
+        return self.evidence / f"{kind}_{self.label}.{suffix}"
+
     # -- what it says --------------------------------------------------------------
 
     def console(self) -> str:
         """The guest's serial console so far; also saved as evidence."""
         raw = self.host.run(f"cat {self._directory}/console", check=False).stdout
-        (self.evidence / f"{self.name}.console.log").write_bytes(raw)
+        self._evidence("console", "log").write_bytes(raw)
         return raw.decode("utf-8", "replace")
 
     # -- QMP -----------------------------------------------------------------------
@@ -279,7 +298,7 @@ class QemuGuest:
         :raises InfraError: the guest was not started.
         """
         if self._link is None:
-            raise InfraError(f"guest {self.name} was not started")
+            raise InfraError(f"guest {self.label} was not started")
         return self._link
 
     def qmp(
@@ -313,7 +332,7 @@ class QemuGuest:
         _poll(
             lambda: self.status() == status,
             timeout_s=timeout_s,
-            complaint=lambda: f"guest {self.name} is '{self.status()}', not '{status}'",
+            complaint=lambda: f"guest {self.label} is '{self.status()}', not '{status}'",
         )
 
     def migrate(self, uri: str) -> None:
@@ -334,7 +353,7 @@ class QemuGuest:
             now = self.migration_status()
             if now == "failed" and status != "failed":
                 raise ConformanceError(
-                    f"guest {self.name}: the migration failed: {self.qmp('query-migrate')}",
+                    f"guest {self.label}: the migration failed: {self.qmp('query-migrate')}",
                     details=self.program.text(),
                 )
             return now == status
@@ -343,7 +362,7 @@ class QemuGuest:
             reached,
             timeout_s=timeout_s,
             complaint=lambda: (
-                f"guest {self.name}: migration is '{self.migration_status()}', not '{status}'"
+                f"guest {self.label}: migration is '{self.migration_status()}', not '{status}'"
             ),
         )
 
@@ -357,7 +376,7 @@ class QemuGuest:
         :raises ConformanceError: QEMU exited meanwhile.
         """
         if self.ssh_port is None:
-            raise InfraError(f"guest {self.name} has no operating system to log in to")
+            raise InfraError(f"guest {self.label} has no operating system to log in to")
         deadline = time.monotonic() + timeout_s
         while True:
             left = deadline - time.monotonic()
@@ -371,9 +390,9 @@ class QemuGuest:
                 if time.monotonic() >= deadline:
                     end = "\n".join(self.console().splitlines()[-30:])
                     raise DeadlineError(
-                        f"guest {self.name} did not boot within {timeout_s:g} s: {error}",
+                        f"guest {self.label} did not boot within {timeout_s:g} s: {error}",
                         hint="its console's end is below; the whole of it is in "
-                        f"{self.evidence / (self.name + '.console.log')}",
+                        f"{self._evidence('console', 'log')}",
                         details=end or "(its console is empty)",
                     ) from error
 

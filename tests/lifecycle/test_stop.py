@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Stopping a machine: the tool is asked first, and QEMU neither forgets nor waits too long."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from harness.manager.qemu import QemuGuest
+
+from .stage import Session, Stage, Tool, wait_until
+
+
+def hooked(stage: Stage, tool: Tool, **options: object) -> tuple[QemuGuest, Session]:
+    """A machine whose tool wants to be told before it is unhooked."""
+    guest = stage.idle(tool, **options)
+    _, session = tool.hook()
+    session.command("VM_CONTROL_EVENTS", event_id="UNHOOK", enable=1).ok()
+    return guest, session
+
+
+@pytest.mark.clause(
+    "QEMU-STOP-PREUNHOOK",
+    "QEMU-STOP-ASYNC",
+    "QEMU-STOP-NORECONNECT",
+    "QEMU-CONT-RECONNECT",
+    "PREUNHOOK-DELAY",
+)
+def test_stop_waits_for_the_tool(stage: Stage) -> None:
+    """stop sends the event, and pauses and answers when the tool has closed, not before."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    session.no_event(within_s=0.5)
+    assert guest.status() == "running"
+    assert not stop.arrived
+    assert session.command("GET_VERSION").ok(), "the session goes on until the tool closes"
+    session.close()
+    stop.value(timeout_s=5)
+    assert guest.status() == "paused"
+    assert tool.silent()
+    guest.qmp("cont")
+    tool.hook()
+
+
+@pytest.mark.clause("QEMU-STOP-ASYNC")
+def test_other_answers_are_not_held_back(stage: Stage) -> None:
+    """While stop waits, every other command is answered, each with its own answer, none lost."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    for _ in range(3):
+        assert guest.qmp("query-name", timeout_s=3) == {"name": guest.name}
+        assert guest.qmp("query-status", timeout_s=3)["status"] == "running"
+    assert "nonsense" in guest.refusal("nonsense")
+    assert not stop.arrived
+    session.close()
+    assert stop.value(timeout_s=5) == {}
+
+
+@pytest.mark.clause("QEMU-STOP-NOTOOL", "PREUNHOOK-ENOENT-NOTSUBSCRIBED", "PREUNHOOK-FAIL-PROCEED")
+def test_stop_with_a_tool_that_does_not_want_to_know(stage: Stage) -> None:
+    """Without the unhook event enabled the tool is disconnected and the machine paused at once."""
+    tool = stage.tool()
+    guest = stage.idle(tool)
+    _, session = tool.hook()
+    began = time.monotonic()
+    guest.qmp("stop", timeout_s=5)
+    assert time.monotonic() - began < 3
+    assert guest.status() == "paused"
+    session.expect_close(timeout_s=2)
+    session.no_event(within_s=0)
+    assert tool.silent()
+    guest.qmp("cont")
+    tool.hook()
+
+
+@pytest.mark.clause("QEMU-STOP-NOTOOL", "PREUNHOOK-FAIL-PROCEED")
+def test_stop_without_a_tool(stage: Stage) -> None:
+    """With nobody connected a stop is a stop."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    tool.close()
+    session.close()
+    wait_until(
+        "QEMU notices that its tool is gone",
+        lambda: guest.qmp("qom-get", path="/chardevs/tool", property="connected") is False,
+        timeout_s=5,
+    )
+    guest.qmp("stop", timeout_s=5)
+    assert guest.status() == "paused"
+    guest.qmp("cont", timeout_s=5)
+    assert guest.status() == "running"
+
+
+@pytest.mark.clause("QEMU-STOP-TIMEOUT", "PREUNHOOK-DELAY")
+def test_stop_runs_out_of_patience(stage: Stage) -> None:
+    """After unhook_timeout QEMU closes the socket itself, pauses, and answers."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool, unhook_timeout_s=1)
+    began = time.monotonic()
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    session.expect_close(timeout_s=5)
+    stop.value(timeout_s=5)
+    waited_s = time.monotonic() - began
+    assert waited_s > 0.8, f"QEMU waited only {waited_s:.2f} s"
+    assert guest.status() == "paused"
+    assert tool.silent()
+    guest.qmp("cont")
+    tool.hook()
+
+
+@pytest.mark.clause("QEMU-STOP-SYNC")
+def test_stop_waits_inside(stage: Stage) -> None:
+    """With async_unhook off QEMU waits inside stop; the machine runs until the tool closes."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool, async_unhook=False)
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    session.no_event(within_s=0.5)
+    assert not stop.arrived
+    assert session.command("VCPU_GET_REGISTERS", vcpu=0).ok(), "the vCPU still answers"
+    session.close()
+    stop.value(timeout_s=5)
+    assert guest.status() == "paused"
+    assert tool.silent()
+    guest.qmp("cont")
+    tool.hook()
+
+
+@pytest.mark.clause("QEMU-STOP-SYNC", "QEMU-STOP-TIMEOUT")
+def test_stop_runs_out_of_patience_inside(stage: Stage) -> None:
+    """With async_unhook off, too, the wait ends after unhook_timeout."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool, async_unhook=False, unhook_timeout_s=1)
+    began = time.monotonic()
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    session.expect_close(timeout_s=5)
+    stop.value(timeout_s=5)
+    assert time.monotonic() - began > 0.8
+    assert guest.status() == "paused"
+
+
+@pytest.mark.clause("QEMU-STOP-BUSY")
+def test_second_stop_does_not_wait(stage: Stage) -> None:
+    """A second stop pauses at once; the first one's answer still comes."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    first = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    assert guest.status() == "running"
+    guest.qmp("stop", timeout_s=5)
+    assert guest.status() == "paused"
+    session.no_event("UNHOOK", within_s=0.3)
+    session.close()
+    first.value(timeout_s=5)
+    assert guest.status() == "paused"
+    guest.qmp("cont")
+    tool.hook()
+    assert guest.status() == "running"
+
+
+@pytest.mark.clause("QEMU-CONT-RECONNECT", "QEMU-STOP-NORECONNECT", "HOOK-REHOOK")
+def test_stop_and_cont_over_and_over(stage: Stage) -> None:
+    """A machine can be stopped and continued any number of times, each time with the tool."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    start_time = None
+    for _ in range(5):
+        stop = guest.send("stop")
+        session.next_event("UNHOOK", timeout_s=5)
+        session.close()
+        stop.value(timeout_s=5)
+        guest.qmp("cont")
+        hello, session = tool.hook()
+        assert start_time in (None, hello.start_time)
+        start_time = hello.start_time
+        session.command("VM_CONTROL_EVENTS", event_id="UNHOOK", enable=1).ok()
+
+
+@pytest.mark.clause("QEMU-MIGRATE-WAIT", "QEMU-STOP-PREUNHOOK")
+def test_cancelled_migration_is_forgotten(stage: Stage) -> None:
+    """A migration that is cancelled while it waits for the tool leaves nothing behind.
+
+    The tool reconnects if it closed, and the next stop asks it as ever.
+    """
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    guest.migrate("file:/run/kvmi-cancelled")
+    session.next_event("UNHOOK", timeout_s=5)
+    guest.qmp("migrate_cancel")
+    guest.wait_migration("cancelled", timeout_s=5)
+    assert guest.status() == "running"
+    session.close()
+    _, session = tool.hook()
+    session.command("VM_CONTROL_EVENTS", event_id="UNHOOK", enable=1).ok()
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    assert not stop.arrived
+    session.close()
+    stop.value(timeout_s=5)
+
+
+@pytest.mark.clause("QEMU-MIGRATE-WAIT")
+def test_tool_returns_after_a_failed_migration(stage: Stage) -> None:
+    """When a migration fails the machine runs on here, and so does its introspection."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    guest.migrate("exec:exit 1")
+    session.next_event("UNHOOK", timeout_s=5)
+    session.close()
+    guest.wait_migration("failed", timeout_s=10)
+    assert guest.status() == "running"
+    tool.hook()
