@@ -87,7 +87,7 @@ def check(asked: Iterable[Asked], config: str, *, tree: Path, base: str) -> None
 
 def _reason(one: Asked, granted: dict[str, str], tree: Path) -> str:
     """Why the option may have got lost, as far as the Kconfig files tell."""
-    entry = re.compile(rf"^\s*(?:menu)?config {re.escape(one.option)}\s*$", re.MULTILINE)
+    entry = re.compile(rf"^[ \t]*(?:menu)?config {re.escape(one.option)}[ \t]*$", re.MULTILINE)
     for path in sorted(tree.rglob("Kconfig*")):
         text = path.read_text(errors="replace")
         if found := entry.search(text):
