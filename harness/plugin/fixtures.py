@@ -147,8 +147,18 @@ class ClauseNotes:
         self._state.skips[clause] = reason
 
     def seen(self, clause: str, reading: str) -> None:
-        """Say which of several accepted readings was seen, where text and code disagree."""
+        """Say which of several accepted readings was seen, where text and code disagree.
+
+        :param reading: one of the clause's ``readings``.
+        """
+        from harness.abi import load_clauses
+
         self._own(clause)
+        known = load_clauses()[clause].readings
+        if reading not in known:
+            raise pytest.UsageError(
+                f"{clause} has no reading {reading!r}; it has: {', '.join(known) or 'none'}"
+            )
         self._state.seen[clause] = reading
 
     def note(self, text: str) -> None:

@@ -17,7 +17,9 @@ import msgspec
 from harness.report.store import MACHINE, write_atomically
 
 if TYPE_CHECKING:
-    from harness.build import Images, KernelBuild, QemuBuild
+    from harness.build.images import Images
+    from harness.build.kernel import KernelBuild
+    from harness.build.qemu import QemuBuild
     from harness.hosts import MachineFacts, Target
     from harness.report.model import MachineRecord
     from harness.settings import Settings
@@ -62,14 +64,9 @@ def save_builds(run_dir: Path, *, kernel: KernelBuild, qemu: QemuBuild, images: 
 
 
 def _load_builds(run_dir: Path, settings: Settings) -> tuple[KernelBuild, QemuBuild, Images]:
-    from harness.build import (
-        Images,
-        KernelBuild,
-        QemuBuild,
-        build_images,
-        build_kernel,
-        build_qemu,
-    )
+    from harness.build.images import Images, build_images
+    from harness.build.kernel import KernelBuild, build_kernel
+    from harness.build.qemu import QemuBuild, build_qemu
 
     path = run_dir / BUILDS
     if path.is_file():

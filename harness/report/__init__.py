@@ -1,2 +1,57 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Verdicts in, documents out."""
+"""Verdicts in, documents out.
+
+Every document is made from a stored run alone, so it can be made again at any time:
+``python -m harness.report RUN``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import InfraError, UsageError
+
+if TYPE_CHECKING:
+    from harness.report.view import RunView
+
+__all__ = ["FORMATS", "render"]
+
+FORMATS = ("html", "junit", "summary")
+
+
+def render(run_dir: Path, formats: Sequence[str] = FORMATS) -> RunView:
+    """Make documents of a run: ``report.html``, ``junit.xml``, and the terminal summary.
+
+    :param run_dir: the run's directory, or ``latest`` in the directory of reports.
+    :param formats: some of :data:`FORMATS`; the summary is printed.
+    :returns: what was shown, for callers that want its exit code.
+    :raises UsageError: no such run or format.
+    :raises InfraError: a document cannot be written.
+    """
+    from harness.report.html import write_html
+    from harness.report.junit import write_junit
+    from harness.report.store import load_run
+    from harness.report.summary import print_summary
+    from harness.report.view import view_of
+
+    unknown = set(formats) - set(FORMATS)
+    if unknown:
+        raise UsageError(
+            f"unknown format {', '.join(sorted(unknown))}", hint=f"known: {', '.join(FORMATS)}"
+        )
+    view = view_of(load_run(run_dir))
+    try:
+        if "html" in formats:
+            write_html(view, view.run.path / "report.html")
+        if "junit" in formats:
+            write_junit(view, view.run.path / "junit.xml")
+    except OSError as error:
+        raise InfraError(
+            f"the report cannot be written to {view.run.path}: {error.strerror}",
+            hint="make room there, then: python -m harness.report " + str(view.run.path),
+        ) from error
+    if "summary" in formats:
+        print_summary(view)
+    return view

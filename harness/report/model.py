@@ -100,7 +100,8 @@ class RunFacts(
     """The first line of a run: where and on what it ran. Times are UTC, ISO 8601.
 
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
-    a run was partial on purpose.
+    a run was partial on purpose. ``rerun`` is the command that started it, to which
+    ``--select`` can be added.
     """
 
     run: str
@@ -111,6 +112,7 @@ class RunFacts(
     workers: int = 0
     select: str = ""
     repeat: int = 1
+    rerun: str = ""
     harness: str = ""
     python: str = ""
     system: str = ""

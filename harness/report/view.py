@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A run as its reader sees it: clauses by group, tests, failures, what nobody tested.
+
+The documents (terminal, JUnit, HTML) are made from this, so that they agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.abi import Clause, load_clauses
+from harness.report.model import (
+    ClauseResult,
+    Outcome,
+    RunFacts,
+    Verdict,
+    combine,
+    count,
+    exit_code,
+    results_by_clause,
+)
+from harness.report.store import Run
+
+__all__ = ["GroupView", "Row", "RunView", "TestView", "rerun_command", "view_of"]
+
+NO_CLAUSE = "Tests that name no clause"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clause with its result."""
+
+    clause: Clause
+    result: ClauseResult
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """A group of clauses, in the interface's order."""
+
+    title: str
+    rows: tuple[Row, ...]
+    uncovered: tuple[Clause, ...]
+    """Clauses of the group that no test of the run names."""
+
+    @property
+    def counts(self) -> dict[Outcome, int]:
+        """How often each verdict occurs."""
+        return count(row.result.verdict for row in self.rows)
+
+    @property
+    def verdict(self) -> Outcome:
+        """The worst verdict in it."""
+        return combine(row.result.verdict for row in self.rows)
+
+
+@dataclass(frozen=True)
+class TestView:
+    """One test with its verdicts on one or several clauses."""
+
+    test: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def first(self) -> Verdict:
+        """The verdict that speaks for the test: its worst."""
+        return next(v for v in self.verdicts if v.verdict is self.verdict)
+
+    @property
+    def verdict(self) -> Outcome:
+        """The worst of its verdicts."""
+        return combine(v.verdict for v in self.verdicts)
+
+    @property
+    def clauses(self) -> list[str]:
+        """The clauses it names."""
+        return [v.clause for v in self.verdicts if v.clause]
+
+    @property
+    def name(self) -> str:
+        """The test's own name, without its file."""
+        return self.test.rpartition("::")[2]
+
+
+class RunView:
+    """Everything that documents show of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.verdicts = run.all_verdicts()
+        self.results = results_by_clause(self.verdicts)
+
+    @property
+    def facts(self) -> RunFacts:
+        """The facts of the run."""
+        return self.run.facts
+
+    @functools.cached_property
+    def counts(self) -> dict[Outcome, int]:
+        """Clauses by verdict."""
+        return count(r.verdict for name, r in self.results.items() if name)
+
+    @functools.cached_property
+    def groups(self) -> list[GroupView]:
+        """All groups of which at least one clause has a verdict, in the interface's order."""
+        grouped: dict[str, tuple[list[Row], list[Clause]]] = {}
+        for clause in load_clauses().values():
+            rows, uncovered = grouped.setdefault(clause.group, ([], []))
+            result = self.results.get(clause.id)
+            if result is None:
+                uncovered.append(clause)
+            else:
+                rows.append(Row(clause, result))
+        foreign = [
+            Row(_foreign(name), result)
+            for name, result in self.results.items()
+            if name not in load_clauses()
+        ]
+        groups = [
+            GroupView(title, tuple(rows), tuple(uncovered))
+            for title, (rows, uncovered) in grouped.items()
+            if rows
+        ]
+        return groups + ([GroupView(NO_CLAUSE, tuple(foreign), ())] if foreign else [])
+
+    @functools.cached_property
+    def untested_groups(self) -> dict[str, int]:
+        """Groups of which no clause has a verdict, with the number of their clauses."""
+        totals: dict[str, int] = {}
+        for clause in load_clauses().values():
+            totals[clause.group] = totals.get(clause.group, 0) + 1
+        for group in self.groups:
+            totals.pop(group.title, None)
+        return totals
+
+    @functools.cached_property
+    def tests(self) -> list[TestView]:
+        """Each test once, in the order in which they came to their end."""
+        members: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            members.setdefault(verdict.test, []).append(verdict)
+        return [TestView(test, tuple(verdicts)) for test, verdicts in members.items()]
+
+    @property
+    def bad_tests(self) -> list[TestView]:
+        """Tests that are not PASS or SKIP, the worst kind first."""
+        kinds = (Outcome.FAIL, Outcome.ERROR, Outcome.MISS)
+        bad = [test for test in self.tests if test.verdict.bad]
+        return sorted(bad, key=lambda test: kinds.index(test.verdict))
+
+    @property
+    def lifecycle_tests(self) -> list[TestView]:
+        """Tests that have a timeline or were collected as lifecycle tests."""
+        marked = {planned.test for planned in self.run.plan if planned.lifecycle}
+        return [
+            test for test in self.tests if test.test in marked or "timeline" in test.first.evidence
+        ]
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that the verdicts ask for."""
+        return exit_code(self.verdicts)
+
+    @property
+    def headline(self) -> str:
+        """The run in one sentence."""
+        total = sum(self.counts.values())
+        counts = self.counts
+        if not total:
+            return "Nothing was tested"
+        if counts[Outcome.FAIL]:
+            one = counts[Outcome.FAIL] == 1
+            return f"{counts[Outcome.FAIL]} of {total} promises {'was' if one else 'were'} broken"
+        undecided = counts[Outcome.ERROR] + counts[Outcome.MISS]
+        if undecided:
+            return f"No promise was broken, {undecided} of {total} could not be judged"
+        if not counts[Outcome.PASS]:
+            return f"Nothing was tested: all {total} were skipped"
+        skipped = f", {counts[Outcome.SKIP]} do not apply here" if counts[Outcome.SKIP] else ""
+        held = counts[Outcome.PASS]
+        return (f"All {held} promises held" if held > 1 else "The promise held") + skipped
+
+    def path(self, relative: str) -> Path:
+        """A piece of evidence on disk."""
+        return self.run.path / relative
+
+    def rerun(self, tests: Iterable[str]) -> str:
+        """The command that runs these tests again."""
+        return rerun_command(self.facts.rerun, list(tests))
+
+
+def _foreign(name: str) -> Clause:
+    """A stand-in for a clause that this version does not know, or for no clause."""
+    return Clause(
+        id=name or "-",
+        group=NO_CLAUSE,
+        basis="test",
+        text="not a clause of this version" if name else "tests that name no clause",
+        documents=(),
+        side="kernel",
+    )
+
+
+def rerun_command(command: str, tests: Sequence[str]) -> str:
+    """The command to type to run these tests again, and no others."""
+    return f"{command or 'inv conform'} --select {shlex.quote(' '.join(tests))}"
+
+
+def view_of(run: Run) -> RunView:
+    """The reader's view of a run."""
+    return RunView(run)
