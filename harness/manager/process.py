@@ -15,9 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.hosts import Host, RemoteProcess
-
 from harness.errors import HarnessError, SilenceError
+from harness.hosts import Host, RemoteProcess
 
 __all__ = ["HostProgram"]
 

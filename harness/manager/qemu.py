@@ -22,10 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from harness.errors import ConformanceError, DeadlineError, HarnessError, InfraError, SilenceError
 from harness.hosts import Host
 from harness.hosts.ssh import GuestShell
-
-from harness.errors import ConformanceError, DeadlineError, HarnessError, InfraError, SilenceError
 from harness.manager.introspection import Introspection
 from harness.manager.process import HostProgram
 from harness.manager.qmp import COMMAND_TIMEOUT_S, PendingAnswer, QmpLink
@@ -44,6 +43,7 @@ RUN_DIRECTORY = "/run/kvmi-guests"
 START_TIMEOUT_S = 20.0
 #: How long the small Linux may take from QEMU's start to an SSH login.
 BOOT_TIMEOUT_S = 60.0
+_LOGIN_SLICE_S = 10.0
 
 #: Makes a firmware of 64 KiB that only waits for interrupts that never come: a machine
 #: that runs, costs no time, and has no operating system. The processor starts at the
@@ -181,12 +181,12 @@ class QemuGuest:
         State after a failure: closed, nothing of this guest runs in the host.
         """
         argv = self.arguments()
-        self._evidence("argv", "txt").write_text(shlex.join(argv) + "\n")
+        self._file("argv", "txt").write_text(shlex.join(argv) + "\n")
         self._program = HostProgram(
             self.host,
             argv,
             name=f"QEMU of guest {self.label}",
-            log=self._evidence("qemu", "log"),
+            log=self._file("qemu", "log"),
             prepare=self.preparation(),
         )
         try:
@@ -205,7 +205,7 @@ class QemuGuest:
                 continue
             try:
                 sock = self.host.connect(self.qmp_port, timeout_s=5)
-                return QmpLink(sock, name=self.label, transcript=self._evidence("qmp", "jsonl"))
+                return QmpLink(sock, name=self.label, transcript=self._file("qmp", "jsonl"))
             except InfraError as error:
                 # Not listening yet, or QEMU is going down; the loop finds out which.
                 reason = str(error)
@@ -213,7 +213,7 @@ class QemuGuest:
         self.host.check()
         raise DeadlineError(
             f"guest {self.label}: QEMU runs in the host but its QMP did not answer: {reason}",
-            hint=f"read {self._evidence('qemu', 'log')}",
+            hint=f"read {self._file('qemu', 'log')}",
             details=program.text(),
         )
 
@@ -228,7 +228,7 @@ class QemuGuest:
                 details=said,
             )
         return ConformanceError(
-            message, hint=f"its command line is in {self._evidence('argv', 'txt')}",
+            message, hint=f"its command line is in {self._file('argv', 'txt')}",
             details=said,
         )  # fmt: skip
 
@@ -278,7 +278,7 @@ class QemuGuest:
     ) -> None:
         self.close()
 
-    def _evidence(self, kind: str, suffix: str) -> Path:
+    def _file(self, kind: str, suffix: str) -> Path:
         return self.evidence / f"{kind}_{self.label}.{suffix}"
 
     # -- what it says --------------------------------------------------------------
@@ -286,7 +286,7 @@ class QemuGuest:
     def console(self) -> str:
         """The guest's serial console so far; also saved as evidence."""
         raw = self.host.run(f"cat {self._directory}/console", check=False).stdout
-        self._evidence("console", "log").write_bytes(raw)
+        self._file("console", "log").write_bytes(raw)
         return raw.decode("utf-8", "replace")
 
     # -- QMP -----------------------------------------------------------------------
@@ -379,22 +379,22 @@ class QemuGuest:
             raise InfraError(f"guest {self.label} has no operating system to log in to")
         deadline = time.monotonic() + timeout_s
         while True:
-            left = deadline - time.monotonic()
+            # In slices, to notice it soon when QEMU is gone.
+            slice_s = min(_LOGIN_SLICE_S, max(deadline - time.monotonic(), 0.1))
             try:
-                self._shell = GuestShell(self.host, self.ssh_port, timeout_s=max(left, 1.0))
+                self._shell = GuestShell(self.host, self.ssh_port, timeout_s=slice_s)
                 return self._shell
-            except HarnessError as error:
-                self.host.check()
+            except DeadlineError as error:
                 if self.program.exited:
                     raise self._start_failure() from error
-                if time.monotonic() >= deadline:
-                    end = "\n".join(self.console().splitlines()[-30:])
-                    raise DeadlineError(
-                        f"guest {self.label} did not boot within {timeout_s:g} s: {error}",
-                        hint="its console's end is below; the whole of it is in "
-                        f"{self._evidence('console', 'log')}",
-                        details=end or "(its console is empty)",
-                    ) from error
+                if time.monotonic() < deadline:
+                    continue
+                end = "\n".join(self.console().splitlines()[-30:])
+                raise DeadlineError(
+                    f"guest {self.label} did not boot within {timeout_s:g} s: {error.message}",
+                    hint=f"its console's end is below, all of it in {self._file('console', 'log')}",
+                    details=end or "(its console is empty)",
+                ) from error
 
     def shell(self) -> GuestShell:
         """The shell in the guest; logs in first where nobody has yet."""

@@ -14,17 +14,27 @@ from pathlib import Path
 import pytest
 
 from harness.abi import Profile
-from harness.counters import Slot
+from harness.counters import SlotWriter, attach
 from harness.hosts import Host
+from harness.plugin.beat import COUNTERS
+from harness.plugin.options import Session
 
 from .stage import Stage
 
 
 @pytest.fixture
-def stage(host: Host, profile: Profile, evidence: Path, counters: Slot) -> Iterator[Stage]:
-    """A host to put guests on, and tools for them; see :mod:`tests.lifecycle.stage`."""
-    stage = Stage(host, profile=profile, evidence=evidence, slot=counters)
-    try:
-        yield stage
-    finally:
-        stage.close()
+def stage(
+    host: Host,
+    profile: Profile,
+    evidence: Path,
+    counters: SlotWriter,
+    pytestconfig: pytest.Config,
+) -> Iterator[Stage]:
+    """A host to put guests on, and tools for them; see the module ``stage``."""
+    # Attached anew: what a test reads of the counter, it reads as any other process does.
+    with attach(Session.of(pytestconfig).run_dir / COUNTERS) as seen:
+        stage = Stage(host, profile=profile, evidence=evidence, slot=counters, seen=seen)
+        try:
+            yield stage
+        finally:
+            stage.close()

@@ -38,10 +38,14 @@ class Traps:
 
 @dataclass(frozen=True)
 class Ticks:
-    """The state of the guest's clockwork: its count, and how often that went backwards."""
+    """The state of the guest's clockwork.
+
+    ``wrong`` counts what must never be: that time or the count went backwards, or that
+    memory did not hold what was written into it.
+    """
 
     ticks: int
-    went_back: int
+    wrong: int
 
 
 def hypercalls(shell: GuestShell, count: int) -> Calls:
@@ -63,7 +67,7 @@ def start_ticking(shell: GuestShell) -> None:
 def ticks(shell: GuestShell) -> Ticks:
     """Read the clockwork."""
     state = _run(shell, "cat /run/counter")
-    return Ticks(ticks=state["ticks"], went_back=state["went_back"])
+    return Ticks(ticks=state["ticks"], wrong=state["went_back"] + state["lost"])
 
 
 def _calls(account: dict[str, Any]) -> Calls:

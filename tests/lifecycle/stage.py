@@ -13,17 +13,18 @@ import itertools
 import shlex
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from harness.abi import Profile
-from harness.counters import Slot
+from harness.counters import Counters, SlotWriter
 from harness.errors import ConformanceError, SilenceError
 from harness.hosts import Host
+from harness.hosts.ssh import GuestShell
 from harness.manager.introspection import Introspection
 from harness.manager.qemu import QemuGuest
-from harness.hosts.ssh import GuestShell
 from harness.tool import (
     EventMessage,
     Hello,
@@ -212,13 +213,28 @@ class Tool:
 class Stage:
     """One host, and what a test put on it."""
 
-    def __init__(self, host: Host, *, profile: Profile, evidence: Path, slot: Slot) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        profile: Profile,
+        evidence: Path,
+        slot: SlotWriter,
+        seen: Counters,
+    ) -> None:
+        """Take what a test was given.
+
+        :param slot: the worker's slot of the event counter, which sessions count into.
+        :param seen: the same counter, attached by itself, which the test reads.
+        """
         self.host = host
         self.profile = profile
         self.evidence = evidence
         self.slot = slot
-        self._sessions = 0
+        self._seen = seen
+        self.transcript = Transcript(evidence / "transcript.jsonl", profile=profile)
         self._open = contextlib.ExitStack()
+        self._open.callback(self.transcript.close)
 
     def tool(self, name: str = "tool", *, key: bytes | None = None, port: int = 0) -> Tool:
         """A tool that listens.
@@ -232,12 +248,12 @@ class Stage:
 
     def session(self, sock: socket.socket, name: str) -> Session:
         """Speak on a connection whose handshake is done; its messages are evidence."""
-        self._sessions += 1
         session = Session(
             sock,
             profile=self.profile,
-            transcript=Transcript(self.evidence / f"transcript_{self._sessions}_{name}.jsonl"),
+            transcript=self.transcript,
             counters_slot=self.slot,
+            name=name,
         )
         self._open.callback(session.close)
         return session
@@ -300,9 +316,9 @@ class Stage:
         replies = [session.command("VCPU_GET_REGISTERS", vcpu=vcpu) for vcpu in range(vcpus)]
         return [reply.ok().fields.regs.rip for reply in replies]
 
-    def counted(self) -> Mapping[str, int]:
+    def counted(self) -> Counter[str]:
         """This worker's events by kind, read from the shared memory as any process could."""
-        return self.slot.read().events
+        return Counter(self._seen.read_slot(self.slot.index).events)
 
     def exchange(self, shell: GuestShell, *, calls: int = 0, traps: int = 0) -> None:
         """Have the guest cause that many events, and hold its account against the counter.

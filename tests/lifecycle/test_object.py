@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def introspection_off(stage: Stage) -> Iterator[None]:
         stage.host.run(f"echo Y >{PARAMETER}")
 
 
-def add(guest: QemuGuest, tool: Tool, **options: object) -> None:
+def add(guest: QemuGuest, tool: Tool, **options: Any) -> None:
     """Give a running machine a chardev and an introspection object."""
     introspection = tool.introspection(**options)
     guest.qmp("chardev-add", **introspection.chardev_add())

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from .stage import FIRST_COMMANDS, FIRST_EVENTS, Stage, ended, refused_start
@@ -103,7 +105,8 @@ def test_minus_one_is_refused(stage: Stage, property: str) -> None:
 def test_unknown_id(stage: Stage, property: str) -> None:
     """When the kernel refuses a permission QEMU gives the connection up, unhooks, and retries."""
     tool = stage.tool()
-    guest = stage.idle(tool, **{f"{property}s": (77,)})
+    unknown: dict[str, Any] = {f"{property}s": (77,)}
+    guest = stage.idle(tool, **unknown)
     for _ in range(2):
         sock, _ = tool.hello()
         tool.answer(sock)
