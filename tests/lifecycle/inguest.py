@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from harness.errors import SilenceError
+from harness.errors import InfraError, SilenceError
 from harness.hosts.ssh import GuestShell
 
 __all__ = ["Background", "Calls", "Page", "Ticks", "Traps", "breakpoints", "hypercalls", "ticks"]
@@ -81,7 +81,10 @@ def _run(shell: GuestShell, command: str) -> dict[str, Any]:
 
 
 def _last_line(output: bytes) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(output.decode().strip().splitlines()[-1])
+    lines = output.decode().strip().splitlines()
+    if not lines:
+        raise InfraError("kvmi-guest in the guest said nothing", hint="look at its console")
+    answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 
 
@@ -135,7 +138,7 @@ class Page:
         self.contents = self.look()
 
     def _line(self) -> dict[str, Any]:
-        return _last_line(self._process.stdout.readline())
+        return _last_line(self._process.stdout.readline(timeout_s=20))
 
     def look(self) -> bytes:
         """What the program itself sees in its page now."""

@@ -219,3 +219,18 @@ def test_tool_returns_after_a_failed_migration(stage: Stage) -> None:
     guest.wait_migration("failed", timeout_s=10)
     assert guest.status() == "running"
     tool.hook()
+
+
+@pytest.mark.clause("QEMU-CONT-RECONNECT")
+def test_cont_overtakes_a_stop(stage: Stage) -> None:
+    """A cont while stop still waits for the tool: the machine runs on, and no stop is pending."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    guest.qmp("cont", timeout_s=5)
+    wait_until("stop is answered", lambda: stop.arrived, timeout_s=5)
+    assert guest.status() == "running"
+    session.close()
+    _, session = tool.hook()
+    assert guest.status() == "running", "the stop was carried out although cont came after it"
