@@ -24,6 +24,7 @@ from harness.errors import UsageError
 __all__ = ["FILE_NAME", "Settings", "load_settings"]
 
 FILE_NAME = "kvmi-harness.toml"
+_OPTIONS = "options"
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Megabytes = Annotated[int, msgspec.Meta(ge=256, le=1 << 20)]
@@ -83,7 +84,7 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
     if path is not None or source.exists():
         values = _checked(_read(source), where=str(source), base=source.parent)
     given = {key: value for key, value in overrides.items() if value is not None}
-    values |= _checked(given, where="options", base=Path.cwd())
+    values |= _checked(given, where=_OPTIONS, base=Path.cwd())
     values.setdefault("reports", Path.cwd() / Settings.reports)
     return Settings(**values)
 
@@ -119,7 +120,8 @@ def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any
             checked[key] = base / Path(value).expanduser()
             continue
         try:
-            checked[key] = msgspec.convert(value, _TYPES[key])
+            # Options of a command are all text; a file says what is a number.
+            checked[key] = msgspec.convert(value, _TYPES[key], strict=where != _OPTIONS)
         except msgspec.ValidationError as error:
             default = getattr(Settings, key, None)
             raise UsageError(

@@ -28,6 +28,7 @@ def test_an_option_wins_over_the_file_and_none_does_not(tmp_path: Path) -> None:
     Path("kvmi-harness.toml").write_text("workers = 3\nquiet_s = 1\n")
     assert load_settings(workers=None).workers == 3
     assert load_settings(workers=5).workers == 5
+    assert load_settings(workers="6").workers == 6
     assert load_settings().quiet_s == 1.0
 
 
@@ -55,6 +56,11 @@ def test_a_malformed_file_is_named_with_its_key(text: str, words: list[str]) -> 
         load_settings()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_wrong_option_is_named() -> None:
+    with pytest.raises(UsageError, match="options: workers = 'many'"):
+        load_settings(workers="many")
 
 
 def test_a_file_that_is_named_must_exist(tmp_path: Path) -> None:

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The tasks. Each calls one function of the package; ``inv --list`` shows them all.
+
+Settings come from ``kvmi-harness.toml``, if there is one, and from a task's options.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from harness.errors import HarnessError, UsageError
+from harness.settings import Settings, load_settings
+
+_INTERRUPTED = 130
+
+
+def _told(function: Callable[..., int | None]) -> Callable[..., None]:
+    """End with one clear message and the error's exit code, never with a traceback of ours."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> None:
+        try:
+            code = function(*arguments, **options)
+        except HarnessError as error:
+            parts = [f"error: {error.message}"]
+            if error.details:
+                parts.insert(0, error.details)
+            if error.hint:
+                parts.append(f"  next: {error.hint}")
+            raise Exit("\n".join(parts), code=error.exit_code) from error
+        except KeyboardInterrupt:
+            raise Exit("interrupted", code=_INTERRUPTED) from None
+        if code:
+            raise Exit(code=code)
+
+    return wrapper
+
+
+def _ready(**options: Any) -> Settings:
+    """The settings, on a machine that has the packages: installed now if we may."""
+    from harness.build.packages import ensure_packages
+
+    settings = load_settings(**options)
+    ensure_packages(settings.cache / "logs" / "packages.log")
+    return settings
+
+
+_OPTIONS = {
+    "target": "what provides the hosts",
+    "workers": "test processes, each with a host of its own",
+    "kernel_series": "directory of the kernel's patches",
+    "qemu_series": "directory of QEMU's patches",
+    "flavour": "kernel configuration fragment on top of base",
+    "reports": "directory of the reports",
+    "select": "only those whose name or clause matches (as pytest -k)",
+    "run": "directory of the run (default: the latest)",
+    "which": "kernel or qemu",
+    "directory": "of the tree (default: in the cache)",
+    "command": "run this there instead of a shell",
+    "days": "keep what was used in so many days",
+}
+
+
+def _explained(function: Callable[..., Any]) -> dict[str, str]:
+    """The options of a task, each with its line of help."""
+    names = inspect.signature(function).parameters
+    return {name: text for name, text in _OPTIONS.items() if name in names}
+
+
+def _task(name: str | None = None, *, default: bool = False) -> Callable[..., Any]:
+    """A task whose errors are told and whose options are explained."""
+
+    def decorate(function: Callable[..., int | None]) -> Any:
+        help_text = _explained(function)
+        return task(name=name, default=default, help=help_text)(_told(function))
+
+    return decorate
+
+
+@_task()
+def doctor(_context: Context, target: str | None = None) -> int:
+    """Name everything that is missing on this machine, with its fix."""
+    from harness.build import doctor as examination
+
+    settings = load_settings(target=target)
+    findings = examination.examine_machine(settings)
+    examination.show(findings, title="This machine")
+    findings += _look_at_kept_host(settings)
+    return examination.exit_code(findings)
+
+
+def _look_at_kept_host(settings: Settings) -> list[Any]:
+    from harness.build import doctor as examination
+    from harness.keep import kept
+
+    record = kept(settings)
+    if record is None or not record.host:
+        return []
+
+    def run(command: str) -> subprocess.CompletedProcess[bytes]:
+        argv = [*record.host, command]
+        return subprocess.run(argv, capture_output=True, check=False, timeout=60)
+
+    findings = examination.examine_host(
+        run, settings=settings, qemu="/opt/qemu/bin/qemu-system-x86_64"
+    )
+    examination.show(findings, title="\nThe kept host")
+    return findings
+
+
+@_task("kernel")
+def build_kernel(
+    _context: Context, kernel_series: str | None = None, flavour: str | None = None
+) -> None:
+    """Build the kernel of the series."""
+    from harness.build.kernel import build_kernel as build
+
+    built = build(_ready(kernel_series=kernel_series, flavour=flavour))
+    print(f"{built.release}, {built.series}: {built.bzimage}")
+
+
+@_task("qemu")
+def build_qemu(_context: Context, qemu_series: str | None = None) -> None:
+    """Build the QEMU of the series."""
+    from harness.build.qemu import build_qemu as build
+
+    built = build(_ready(qemu_series=qemu_series))
+    print(f"QEMU {built.version}, {built.series}: {built.binary}")
+
+
+def _build_images(**options: Any) -> None:
+    from harness.build.images import build_images as build
+
+    from harness.build.kernel import build_kernel
+    from harness.build.qemu import build_qemu
+
+    settings = _ready(**options)
+    kernel = build_kernel(settings)
+    built = build(settings, kernel=kernel, qemu=build_qemu(settings))
+    print(f"host {built.host_disk}, guest {built.guest_initrd}")
+
+
+@_task("images")
+def build_images(
+    _context: Context,
+    kernel_series: str | None = None,
+    qemu_series: str | None = None,
+    flavour: str | None = None,
+) -> None:
+    """Build the images of host and guest, and the kernel and QEMU in them."""
+    _build_images(kernel_series=kernel_series, qemu_series=qemu_series, flavour=flavour)
+
+
+@_task("all", default=True)
+def build_all(_context: Context) -> None:
+    """Build everything that a run needs."""
+    _build_images()
+
+
+@_task("sources")
+def build_sources(_context: Context) -> None:
+    """Fetch the newest sources of kernel and QEMU; what the cache has is used otherwise."""
+    from harness.build import sources
+
+    settings = _ready()
+    for package in (sources.LINUX_PACKAGE, sources.QEMU_PACKAGE):
+        source = sources.fetch(settings, package)
+        print(f"{source.name} {source.version}")
+
+
+@_task("clean")
+def build_clean(_context: Context, days: int = 7) -> None:
+    """Delete what the cache holds and nobody used lately."""
+    from harness.build.cache import clean
+
+    settings = load_settings()
+    print(f"{clean(settings.cache, unused_days=days)} entries deleted from {settings.cache}")
+
+
+@_task("edit")
+def tree_edit(_context: Context, which: str, directory: str | None = None) -> None:
+    """Make a git tree with a series as commits, to work in."""
+    from harness.build.edit import edit
+
+    place = edit(load_settings(), which, directory=Path(directory) if directory else None)
+    print(f"{place}: commit or amend there, then: inv tree.refresh {which}")
+
+
+@_task("refresh")
+def tree_refresh(_context: Context, which: str, directory: str | None = None) -> None:
+    """Write the commits of that tree back into the series."""
+    from harness.build.edit import refresh
+
+    names = refresh(load_settings(), which, directory=Path(directory) if directory else None)
+    print("\n".join(names) or "nothing changed")
+
+
+@_task("up")
+def host_up(
+    _context: Context,
+    kernel_series: str | None = None,
+    qemu_series: str | None = None,
+    flavour: str | None = None,
+) -> None:
+    """Start a host and keep it until host.down."""
+    from harness.keep import up
+
+    up(_ready(kernel_series=kernel_series, qemu_series=qemu_series, flavour=flavour))
+    print("the host is up: inv host.ssh logs in, inv host.down ends it")
+
+
+@_task("down")
+def host_down(_context: Context) -> None:
+    """End the kept host."""
+    from harness.keep import down
+
+    print("ended" if down(load_settings()) else "there was none")
+
+
+def _log_in(which: str, command: str | None) -> int:
+    from harness.keep import kept
+
+    record = kept(load_settings())
+    login = getattr(record, which) if record else []
+    if not login:
+        raise UsageError(f"no {which} is kept", hint=f"start one: inv {which}.up")
+    terminal = ["-t"] if sys.stdin.isatty() and not command else []
+    argv = [*login[:-1], *terminal, login[-1], *([command] if command else [])]
+    try:
+        return subprocess.run(argv, check=False).returncode
+    except FileNotFoundError:
+        raise UsageError(f"{login[0]} is missing", hint="apt-get install openssh-client") from None
+
+
+@_task("ssh")
+def host_ssh(_context: Context, command: str | None = None) -> int:
+    """Log in to the kept host."""
+    return _log_in("host", command)
+
+
+@_task("up")
+def guest_up(_context: Context) -> None:
+    """Start a guest on the kept host (and the host, if none is kept)."""
+    from harness.keep import guest_up as up
+
+    up(_ready())
+    print("the guest is up: inv guest.ssh logs in; it ends with the host")
+
+
+@_task("ssh")
+def guest_ssh(_context: Context, command: str | None = None) -> int:
+    """Log in to the guest on the kept host."""
+    return _log_in("guest", command)
+
+
+@_task()
+def conform(
+    _context: Context,
+    *,
+    target: str | None = None,
+    workers: str | None = None,
+    select: str | None = None,
+    kernel_series: str | None = None,
+    qemu_series: str | None = None,
+    flavour: str | None = None,
+    reports: str | None = None,
+) -> int:
+    """Hold kernel and QEMU to the suite: build, boot, run, report."""
+    from harness.conform import conform as run
+
+    settings = _ready(
+        target=target,
+        workers=workers,
+        kernel_series=kernel_series,
+        qemu_series=qemu_series,
+        flavour=flavour,
+        reports=reports,
+    )
+    return run(settings, select=select)
+
+
+@_task()
+def report(_context: Context, run: str | None = None) -> int:
+    """Make the report of a run again from its verdicts, and show the summary."""
+    from harness.conform import report as render
+
+    return render(load_settings(), run=Path(run) if run else None)
+
+
+@_task()
+def mutants(_context: Context, select: str | None = None) -> int:
+    """Break the kernel on purpose, one defect at a time; each must turn its clauses red."""
+    from harness.mutants import run
+
+    return run(_ready(), select=select)
+
+
+namespace = Collection(
+    doctor,
+    conform,
+    report,
+    mutants,
+    build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
+    tree=Collection(tree_edit, tree_refresh),
+    host=Collection(host_up, host_ssh, host_down),
+    guest=Collection(guest_up, guest_ssh),
+)
+# Output of ours comes line by line also through a pipe, in step with that of children.
+os.environ.setdefault("PYTHONUNBUFFERED", "1")
