@@ -18,6 +18,8 @@ broke its promise all the same. Of several exceptions (a group), the worst count
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,20 +80,17 @@ def _outcome(error: pytest.ExceptionInfo[BaseException]) -> Outcome:
         case HostsGivenUp():
             return Outcome.MISS
         case AssertionError() | pytest.fail.Exception():
-            place = _place(error)
-            inside = place is not None and place[0].is_relative_to(_PACKAGE)
+            frames = _frames(error)
+            inside = bool(frames) and frames[0][0].is_relative_to(_PACKAGE)
             return Outcome.ERROR if inside else Outcome.FAIL
         case _:
             return Outcome.ERROR
 
 
-def _place(error: pytest.ExceptionInfo[BaseException]) -> tuple[Path, int] | None:
-    """File and line of the innermost frame that is not pytest's own."""
-    for entry in reversed(error.traceback):
-        path = Path(str(entry.path))
-        if not path.is_relative_to(_PYTEST):
-            return path, entry.lineno + 1
-    return None
+def _frames(error: pytest.ExceptionInfo[BaseException]) -> list[tuple[Path, int]]:
+    """Files and lines of the exception's frames without pytest's own, the innermost first."""
+    frames = [(Path(str(entry.path)), entry.lineno + 1) for entry in reversed(error.traceback)]
+    return [frame for frame in frames if not frame[0].is_relative_to(_PYTEST)]
 
 
 def _reason(error: pytest.ExceptionInfo[BaseException], outcome: Outcome) -> str:
@@ -103,16 +102,18 @@ def _reason(error: pytest.ExceptionInfo[BaseException], outcome: Outcome) -> str
     first = lines[0] if lines else ""
     if isinstance(value, AssertionError | pytest.fail.Exception):
         first = first or "an assertion failed"
-    else:
+    elif type(value) is not ConformanceError:
         first = f"{type(value).__name__}: {first}" if first else type(value).__name__
-    place = _place(error)
-    if place is None or outcome is Outcome.MISS:
-        return first
-    return f"{first} [{place[0].name}:{place[1]}]"
+    # The line of the test or its fixtures says more than one in this package.
+    foreign = (_PACKAGE, Path(sys.prefix), Path(threading.__file__).parent)
+    for path, line in _frames(error) if outcome is not Outcome.MISS else []:
+        if not any(path.is_relative_to(root) for root in foreign):
+            return f"{first} [{path.name}:{line}]"
+    return first
 
 
 def _details(value: BaseException) -> str:
     if not isinstance(value, HarnessError):
         return ""
-    parts = [f"What to do: {value.hint}" if value.hint else "", value.details]
+    parts = [value.message, f"What to do: {value.hint}" if value.hint else "", value.details]
     return "\n\n".join(part for part in parts if part)

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from harness.plugin.collect import USAGE
+from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
 from harness.plugin.processes import die_with_parent
 from harness.report.model import (
@@ -161,6 +162,7 @@ class Controller:
                     worker=last["worker"],
                     started=last["started"],
                     evidence=last["evidence"],
+                    counts=last["counts"],
                 )
             )
 
@@ -184,9 +186,12 @@ class Controller:
         worker = getattr(getattr(report, "node", None), "gateway", None)
         name = worker.id if worker is not None else ""
         stacks = self._session.run_dir / "workers" / f"{name}.stacks.txt"
-        evidence = {}
+        folder = self._session.run_dir / "evidence" / evidence_name(report.nodeid)
+        evidence = files_in(folder, self._session.run_dir)
+        stuck = False
         if stacks.is_file() and stacks.stat().st_size:
             evidence["stacks"] = self._session.relative(stacks)
+            stuck = True
         for clause in clauses_or_none(planned.clauses):
             self._write(
                 Verdict(
@@ -197,7 +202,7 @@ class Controller:
                     series=self._series(),
                     duration_s=round(time.monotonic() - phases.start, 3) if phases else 0.0,
                     reason=f"the worker {name} died during this test"
-                    + ("; it was stuck past its limit" if evidence else ""),
+                    + ("; it was stuck past its limit" if stuck else ""),
                     description=planned.description,
                     worker=name,
                     evidence=evidence,
@@ -257,16 +262,21 @@ class Nodes:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._next_slot = 0
+        self._slots: dict[str, int] = {}
 
     def pytest_configure_node(self, node: Any) -> None:
         """Tell each worker where the run's directory is, and which slot it counts in.
 
-        A worker that replaces a crashed one gets a slot of its own: the dead one's counts
-        stay readable.
+        A worker that replaces a dead one takes over its slot, and counts on from there.
         """
+        taken = set(self._slots.values())
+        slot = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._slots[node.gateway.id] = slot
         node.workerinput["kvmi_run_dir"] = str(self._session.run_dir)
-        node.workerinput["kvmi_slot"] = self._next_slot
+        node.workerinput["kvmi_slot"] = slot
         if node.gateway.spec.popen:
             node.workerinput["kvmi_controller_pid"] = os.getpid()
-        self._next_slot += 1
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Its slot is free."""
+        self._slots.pop(node.gateway.id, None)

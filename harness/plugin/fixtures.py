@@ -20,7 +20,7 @@ from harness.plugin.worker import TestState, current
 
 if TYPE_CHECKING:
     from harness.abi import Profile
-    from harness.counters import Slot
+    from harness.counters import SlotWriter
     from harness.hosts import Host, Target
     from harness.plugin.pool import HostPool, Lease, PerHost
     from harness.plugin.timeline import Timeline
@@ -96,6 +96,7 @@ def fresh_host(
 
 
 def _lend(state: TestState, pool: HostPool, settings: Settings, *, fresh: bool) -> Iterator[Host]:
+    __tracebackhide__ = True
     lease = pool.lend(test=state.test, fresh=fresh)
     state.leases.append(lease)
     yield lease.pooled.host
@@ -121,7 +122,7 @@ def per_host(request: pytest.FixtureRequest) -> PerHost:
 
 
 @pytest.fixture
-def counters(request: pytest.FixtureRequest) -> Slot:
+def counters(request: pytest.FixtureRequest) -> SlotWriter:
     """This worker's slot of the run's event counter, for sessions to count into."""
     return _worker(request).beat().slot
 

@@ -144,6 +144,7 @@ class Lease:
         :raises ConformanceError: its kernel complained, or crashed during the test.
         :raises LostHostError: it went away otherwise.
         """
+        __tracebackhide__ = True
         try:
             self._watch(0.0 if failed else quiet_s)
         except HarnessError as error:
@@ -157,6 +158,7 @@ class Lease:
                 self.pooled.close()
 
     def _watch(self, quiet_s: float) -> None:
+        __tracebackhide__ = True
         host = self.pooled.host
         pause = threading.Event()
         deadline = time.monotonic() + quiet_s

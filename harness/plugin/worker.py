@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import re
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ import pytest
 from harness.errors import DeadlineError, InfraError
 from harness.plugin.classify import Judgement, classify
 from harness.plugin.collect import TestFacts, facts_of
+from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
 from harness.plugin.processes import die_with_parent
 from harness.report.model import Outcome
@@ -60,6 +60,7 @@ class TestState:
     extra_evidence: dict[str, str] = field(default_factory=dict)
     threads: frozenset[threading.Thread] = frozenset()
     run_dir: Path = Path()
+    counts: dict[str, int] = field(default_factory=dict)
 
     def save(self, name: str, text: str) -> None:
         """Save a piece of evidence as text; nothing is made of nothing."""
@@ -69,12 +70,13 @@ class TestState:
 
     def settle(self, lease: Lease, *, quiet_s: float) -> None:
         """End the use of a host: keep its kernel's words, and judge it."""
+        __tracebackhide__ = True
         try:
             lease.finish(failed=self.failed, quiet_s=quiet_s if self.facts.lifecycle else 0.0)
         finally:
             with contextlib.suppress(Exception):
                 self.save("kernel_log.txt", lease.kernel_log())
-            self.extra_evidence |= _files(lease.pooled.host.evidence, self.run_dir, "host_")
+            self.extra_evidence |= files_in(lease.pooled.host.evidence, self.run_dir, "host_")
 
 
 _STATE = pytest.StashKey[TestState]()
@@ -89,12 +91,6 @@ def current(item: pytest.Item) -> TestState:
     if state is None:
         raise pytest.UsageError(f'{item.nodeid} needs @pytest.mark.clause("...")')
     return state
-
-
-def evidence_name(nodeid: str) -> str:
-    """A directory's name for a test: readable, unique enough, fit for any file system."""
-    short = nodeid.removeprefix("tests/").replace(".py::", "/").replace("::", "/")
-    return "/".join(re.sub(r"[^\w.=+-]+", "_", part)[:120] for part in short.split("/"))
 
 
 class Worker:
@@ -149,6 +145,7 @@ class Worker:
             started=utc_now(),
             threads=frozenset(threading.enumerate()),
             run_dir=self._session.run_dir,
+            counts=self.beat().counts(),
         )
         self.beat().test(item.nodeid)
         try:
@@ -174,6 +171,7 @@ class Worker:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """After everything of the test was torn down, look for threads it left behind."""
+        __tracebackhide__ = True
         state = item.stash.get(_STATE, None)
         if state is None:
             return (yield)
@@ -203,7 +201,7 @@ class Worker:
             state.failed = True
             state.save(
                 "failure.txt" if call.when != "teardown" else "failure_teardown.txt",
-                "\n\n".join(t for t in (report.longreprtext, judgement.details) if t),
+                "\n\n".join(t for t in (judgement.details, report.longreprtext) if t),
             )
         data: dict[str, Any] = {
             "outcome": judgement.outcome.value,
@@ -211,7 +209,7 @@ class Worker:
             "clauses": list(state.facts.clauses),
         }
         if call.when == "teardown":
-            files = _files(state.evidence, self._session.run_dir)
+            files = files_in(state.evidence, self._session.run_dir)
             data |= {
                 "description": state.facts.description,
                 "worker": self._session.worker,
@@ -221,6 +219,11 @@ class Worker:
                 "notes": state.notes,
                 "seen": state.seen,
                 "skips": state.skips,
+                "counts": {
+                    name: number - state.counts.get(name, 0)
+                    for name, number in self.beat().counts().items()
+                    if number != state.counts.get(name, 0)
+                },
             }
         report.kvmi = data  # type: ignore[attr-defined]
         return report
@@ -240,6 +243,7 @@ class Worker:
         limit_s: float = settings.timeout
 
         def expired(_number: int, _frame: types.FrameType | None) -> None:
+            __tracebackhide__ = True
             others = [t for t in threading.enumerate() if t is not threading.main_thread()]
             raise DeadlineError(
                 f"the test took longer than its limit of {limit_s:g} s",
@@ -264,20 +268,6 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         return True
-
-
-def _files(folder: Path, run_dir: Path, prefix: str = "") -> dict[str, str]:
-    """The files of a directory as evidence: name to path."""
-    if not folder.is_dir():
-        return {}
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = prefix + path.relative_to(folder).with_suffix("").as_posix()
-            found[name if name not in found else name + path.suffix] = path.relative_to(
-                run_dir
-            ).as_posix()
-    return found
 
 
 def _of_host(thread: threading.Thread) -> bool:

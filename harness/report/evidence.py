@@ -67,7 +67,7 @@ def text_of(path: Path, *, lines: int = TEXT_LINES_SHOWN) -> Excerpt:
 
 def messages_of(path: Path, *, limit: int = MESSAGES_SHOWN) -> tuple[list[Message], int]:
     """The last messages of a transcript, and how many came before them."""
-    found = []
+    found: list[Message] = []
     with contextlib.suppress(Exception):
         found.extend(_message(entry) for entry in _entries(path) if entry.get("kind") in _KINDS)
     left_out = max(0, len(found) - limit)

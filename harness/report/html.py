@@ -27,7 +27,7 @@ from harness.report.evidence import (
 )
 from harness.report.model import Outcome, Verdict
 from harness.report.store import write_atomically
-from harness.report.tallies import WorkerTally, tallies_of
+from harness.report.tallies import tallies_of
 from harness.report.view import RunView, TestView
 
 __all__ = ["write_html"]
@@ -118,7 +118,7 @@ def render_html(view: RunView) -> str:
         lanes=lanes,
         lane_ticks=ticks(span_s),
         span_s=span_s,
-        tallies=_tallies(view),
+        tallies=tallies_of(view.run.path),
         documents=requirement_documents(),
         css=_part("page.css"),
         script=_part("page.js"),
@@ -191,7 +191,3 @@ _TITLES = {
 
 def _title(name: str) -> str:
     return _TITLES.get(name, name.replace("_", " ").replace("/", ": ").capitalize())
-
-
-def _tallies(view: RunView) -> list[WorkerTally]:
-    return tallies_of(view.run.path)
