@@ -39,6 +39,8 @@ class Codec:
         self._common = s["kvmi_vcpu_event"]
         self._reply_common = s["kvmi_vcpu_event_reply"]
         self._common_end = self._event_hdr.size + self._common.size
+        #: Where a vCPU event has its kvmi_vcpu_event_arch.
+        self.arch_offset = self._event_hdr.size + self._common.field("arch").offset
         self._actions = profile.names["action"]
         # By event id: the event, its exact payload size, and the id of its message.
         self._event_forms: dict[int, tuple[Event, int, int]] = {}
