@@ -79,7 +79,10 @@ def test_permissions_are_the_same_after_a_reconnect(stage: Stage) -> None:
 
 @pytest.mark.clause("QEMU-IOCTL-ORDER")
 def test_commands_are_allowed_before_events(stage: Stage) -> None:
-    """Once the first event is allowed, every command has been."""
+    """HOOK comes first, and once the first event is allowed every command has been.
+
+    A tool cannot see the ioctls, but it sees each permission as it comes.
+    """
     commands = tuple(stage.profile.commands[name].id for name in FIRST_COMMANDS)
     events = tuple(stage.profile.events[name].id for name in FIRST_EVENTS)
     tool = stage.tool()
