@@ -96,13 +96,17 @@ class Introspection:
 
     def object_add(self) -> dict[str, Any]:
         """The arguments of ``object-add`` for the introspection object."""
-        arguments: dict[str, Any] = {
+        optional: dict[str, Any] = {
+            "key": SECRET_ID if self.key is not None else None,
+            "handshake_timeout": self.handshake_timeout_s,
+            "unhook_timeout": self.unhook_timeout_s,
+            "async_unhook": self.async_unhook,
+            "command": list(self.commands) or None,
+            "event": list(self.events) or None,
+        }
+        return {
             "qom-type": "introspection",
             "id": OBJECT_ID,
             "chardev": CHARDEV_ID,
+            **{name: value for name, value in optional.items() if value is not None},
         }
-        if self.key is not None:
-            arguments["key"] = SECRET_ID
-        if self.unhook_timeout_s is not None:
-            arguments["unhook_timeout"] = self.unhook_timeout_s
-        return arguments

@@ -264,8 +264,9 @@ class QemuGuest:
         program, self._program = self._program, None
         if program is not None:
             program.close()
-            with contextlib.suppress(Exception):
-                self.console()
+            if self.ssh_port is not None:
+                with contextlib.suppress(Exception):
+                    self.console()
 
     def __enter__(self) -> Self:
         return self
@@ -399,13 +400,6 @@ class QemuGuest:
     def shell(self) -> GuestShell:
         """The shell in the guest; logs in first where nobody has yet."""
         return self._shell or self.wait_booted()
-
-    def forget_shell(self) -> None:
-        """Drop the login, after a reset or a migration made it worthless."""
-        if self._shell is not None:
-            with contextlib.suppress(Exception):
-                self._shell.close()
-            self._shell = None
 
 
 def _dashed(arguments: Mapping[str, object]) -> dict[str, object]:
