@@ -124,7 +124,7 @@ def total(slots: Iterable[SlotSnapshot]) -> Totals:
 
 
 def _add(histograms: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(sum(column) for column in zip(*histograms, strict=True))
+    return tuple(sum(column) for column in zip(*histograms, strict=True)) or (0,)
 
 
 def quantile_ns(histogram: Sequence[int], quantile: float) -> float | None:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -15,64 +16,18 @@ from rich.live import Live
 from rich.table import Table
 
 from harness.counters.shared import Counters, attach, process_lives
-from harness.counters.snapshot import SlotSnapshot, quantile_ns, total
+from harness.counters.snapshot import SlotSnapshot, Totals, quantile_ns, total
 from harness.errors import HarnessError
 
 __all__ = ["main", "table"]
 
 
-def table(counters: Counters) -> Table:
-    """A table of all slots that were ever used, with the sums below."""
-    slots = [s for s in counters.read() if s.used]
-    sums = total(slots)
-    out = Table(title=str(counters.path), title_justify="left")
-    for column in ("slot", "pid", "test", "phase"):
-        out.add_column(column, no_wrap=True, overflow="ellipsis")
-    for column in (
-        "events",
-        "by kind",
-        "commands",
-        "errors",
-        "in",
-        "out",
-        "reply",
-        "event",
-        "alive",
-    ):
-        out.add_column(column, justify="right")
-    for slot in slots:
-        out.add_row(
-            str(slot.index) + ("~" if slot.torn else ""),
-            str(slot.pid or "-"),
-            slot.test,
-            slot.phase,
-            str(slot.event_count),
-            _kinds(slot.events),
-            f"{slot.replies}/{slot.commands}",
-            f"{slot.failed_replies}" + (f" +{slot.problems}!" if slot.problems else ""),
-            _bytes(slot.bytes_in),
-            _bytes(slot.bytes_out),
-            _latency(slot.command_latency),
-            _latency(slot.event_latency),
-            _alive(slot),
-        )
-    out.add_section()
-    out.add_row(
-        "all", "", "", "", str(sum(sums.events.values())), _kinds(sums.events),
-        f"{sums.replies}/{sums.commands}",
-        f"{sums.failed_replies}" + (f" +{sums.problems}!" if sums.problems else ""),
-        _bytes(sums.bytes_in), _bytes(sums.bytes_out),
-        _latency(sums.command_latency), _latency(sums.event_latency), "",
-    )  # fmt: skip
-    out.caption = (
-        "commands: answered/sent; errors: replies with an error, +n! messages that break the "
-        "interface; reply, event: median latency; ~ writer died in mid-update"
-    )
-    return out
+def _errors(counts: SlotSnapshot | Totals) -> str:
+    return f"{counts.failed_replies}" + (f" +{counts.problems}!" if counts.problems else "")
 
 
 def _kinds(events: dict[str, int]) -> str:
-    return " ".join(f"{name} {count}" for name, count in sorted(events.items()))
+    return "\n".join(f"{name} {count}" for name, count in sorted(events.items()))
 
 
 def _bytes(count: int) -> str:
@@ -84,7 +39,7 @@ def _bytes(count: int) -> str:
 
 
 def _latency(histogram: tuple[int, ...]) -> str:
-    median = quantile_ns(histogram, 0.5) if histogram else None
+    median = quantile_ns(histogram, 0.5)
     if median is None:
         return "-"
     return f"{median / 1e3:.0f} us" if median < 1e7 else f"{median / 1e6:.0f} ms"
@@ -96,6 +51,66 @@ def _alive(slot: SlotSnapshot) -> str:
     if not process_lives(slot.pid):
         return "dead"
     return f"{(time.monotonic_ns() - slot.heartbeat_ns) / 1e9:.0f} s ago"
+
+
+#: Columns: title, width of the terminal from which on it is shown, text of a slot.
+_COLUMNS: tuple[tuple[str, int, Callable[[SlotSnapshot], str]], ...] = (
+    ("slot", 0, lambda s: f"{s.index}{'~' if s.torn else ''}"),
+    ("pid", 110, lambda s: str(s.pid or "-")),
+    ("test", 0, lambda s: s.test.rpartition("::")[2]),
+    ("phase", 90, lambda s: s.phase),
+    ("events", 0, lambda s: _kinds(s.events)),
+    ("replies", 0, lambda s: f"{s.replies}/{s.commands}"),
+    ("errors", 0, _errors),
+    ("in", 130, lambda s: _bytes(s.bytes_in)),
+    ("out", 130, lambda s: _bytes(s.bytes_out)),
+    ("reply", 110, lambda s: _latency(s.command_latency)),
+    ("answer", 110, lambda s: _latency(s.event_latency)),
+    ("alive", 0, _alive),
+)
+_LEFT = ("test", "phase")
+#: About how much the other columns take when all are shown.
+_OTHERS = 110
+
+
+def table(counters: Counters, *, width: int = 160) -> Table:
+    """A table of all slots that were ever used, with the sums below.
+
+    :param width: columns of the terminal; some are left out when it is narrow.
+    """
+    slots = [s for s in counters.read() if s.used]
+    sums = total(slots)
+    out = Table(title=str(counters.path), title_justify="left", caption_justify="left")
+    shown = [c for c in _COLUMNS if width >= c[1]]
+    for title, _, _ in shown:
+        # Names of tests are long: they get what the others leave.
+        out.add_column(
+            title,
+            justify="left" if title in _LEFT else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=max(12, width - _OTHERS) if title == "test" else None,
+        )
+    for slot in slots:
+        out.add_row(*(text(slot) for _, _, text in shown))
+    below = {
+        "slot": "all",
+        "events": _kinds(sums.events),
+        "replies": f"{sums.replies}/{sums.commands}",
+        "errors": _errors(sums),
+        "in": _bytes(sums.bytes_in),
+        "out": _bytes(sums.bytes_out),
+        "reply": _latency(sums.command_latency),
+        "answer": _latency(sums.event_latency),
+    }
+    out.add_section()
+    out.add_row(*(below.get(title, "") for title, _, _ in shown))
+    out.caption = (
+        "replies: received/commands; errors: replies with an error, +n! messages that break\n"
+        "the interface; reply, answer: median times to a reply, to our answer of an event;\n"
+        "~ the writer died in mid-update"
+    )
+    return out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,10 +137,11 @@ def _show(counters: Counters, *, watch: bool, as_json: bool) -> None:
             if slot.used:
                 print(json.dumps(dataclasses.asdict(slot)))
         return
+    console = Console()
     if not watch:
-        Console().print(table(counters))
+        console.print(table(counters, width=console.width))
         return
-    with Live(table(counters), refresh_per_second=2) as live:
+    with Live(table(counters, width=console.width), console=console) as live:
         while True:
             time.sleep(0.5)  # the pace of the display; nothing is waited for
-            live.update(table(counters))
+            live.update(table(counters, width=console.width))
