@@ -88,7 +88,15 @@ def check_headers(
         file = Path(scratch) / "abi.c"
         file.write_text(source)
         search = [f"-I{path}" for path in (*include, stubs)]
-        command = (compiler, "-std=gnu11", "-fsyntax-only", "-D__user=", *search, str(file))
+        command = (
+            compiler,
+            "-std=gnu11",
+            "-fsyntax-only",
+            "-D__user=",
+            "-D__EXPORTED_HEADERS__",
+            *search,
+            str(file),
+        )
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
