@@ -74,18 +74,21 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def show(findings: Iterable[Finding], *, title: str) -> None:
-    """Print the findings as a table."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("", width=7)
-    table.add_column("what", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    table.add_column("fix", overflow="fold")
+    """Print the findings as a table, and below it each fix as a line that can be copied."""
+    findings = list(findings)
+    table = Table(title=title, title_justify="left", show_edge=False, box=None, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     colours = {State.OK: "green", State.NOTE: "yellow", State.MISSING: "red"}
     for one in findings:
         state = f"[{colours[one.state]}]{one.state.value}[/]"
-        table.add_row(state, one.subject, _plain(one.found), _plain(one.fix))
-    # A log has no width of its own; a fix that is cut in two cannot be copied from it.
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+        table.add_row(state, _plain(one.subject), _plain(one.found))
+    # A log has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 400)
+    console.print(table, highlight=False)
+    for fix in dict.fromkeys(one.fix for one in findings if one.fix):
+        subjects = ", ".join(one.subject for one in findings if one.fix == fix)
+        console.print(f"\n{_plain(subjects)}:\n    {_plain(fix)}", soft_wrap=True, highlight=False)
 
 
 def _plain(text: str) -> str:
@@ -129,11 +132,8 @@ def _packages() -> list[Finding]:
     missing = missing_packages()
     if not missing:
         return [Finding("Debian packages", State.OK, "all there")]
-    fix = f"all of them: {apt_line(missing)}"
-    return [
-        Finding(one.name, State.MISSING, one.reason, fix if one is missing[0] else "as above")
-        for one in missing
-    ]
+    fix = apt_line(missing)
+    return [Finding(one.name, State.MISSING, one.reason, fix) for one in missing]
 
 
 def _cores() -> Finding:

@@ -61,7 +61,6 @@ PACKAGES = (
     Package("bison", "bison", "kernel build: its configuration language"),
     Package("flex", "flex", "kernel build: its configuration language"),
     Package("libelf-dev", "/usr/include/gelf.h", "kernel build: objtool"),
-    Package("cpio", "cpio", "the guests' initramfs"),
     # QEMU.
     Package("pkg-config", "pkg-config", "QEMU build: finds libraries"),
     Package("python3-venv", "module:ensurepip", "QEMU build: meson in an environment of its own"),
@@ -77,6 +76,8 @@ PACKAGES = (
     Package("qemu-system-x86", "qemu-system-x86_64", "emulates the hosts"),
     Package("mmdebstrap", "mmdebstrap", "makes the host image"),
     Package("e2fsprogs", "mke2fs", "writes the host image"),
+    Package("uidmap", "newuidmap", "makes the host image without root"),
+    Package("openssh-client", "ssh", "logs a person in to a kept host"),
     Package("util-linux", "setpriv", "ends what we started when we are killed"),
 )
 
