@@ -124,7 +124,8 @@ def per_host(request: pytest.FixtureRequest) -> PerHost:
 @pytest.fixture
 def counters(request: pytest.FixtureRequest) -> SlotWriter:
     """This worker's slot of the run's event counter, for sessions to count into."""
-    return _worker(request).beat().slot
+    slot: SlotWriter = _worker(request).beat().slot
+    return slot
 
 
 @pytest.fixture

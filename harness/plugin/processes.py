@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process that ends with its parent, whatever happened to that one."""
+"""Processes that end with the one that started them, whatever happened to it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["die_with_parent"]
+__all__ = ["adopted_orphans", "die_with_parent"]
 
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+# include/uapi/linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option})")
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -20,10 +33,35 @@ def die_with_parent(parent_pid: int) -> None:
     :param parent_pid: the parent that is meant; if it is no longer the parent, it died
         before the kernel was asked.
     """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def adopted_orphans() -> Iterator[None]:
+    """While this lasts, orphans below this process become its children; the end ends them.
+
+    A net under :func:`die_with_parent`: whatever a killed worker leaves running is found,
+    because the kernel hands it to this process instead of to init.
+    """
+    before = _children()
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+        for pid in _children() - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    """The children of all threads of this process."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found.update(map(int, (task / "children").read_text().split()))
+    return found

@@ -75,7 +75,7 @@ _MEANING = {
 _WORST_FIRST = (Outcome.FAIL, Outcome.ERROR, Outcome.MISS, Outcome.PASS, Outcome.SKIP)
 
 
-class MachineRecord(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     """The host that the run used, as its target describes it.
 
     ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the

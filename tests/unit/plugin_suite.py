@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import textwrap
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,9 +81,11 @@ class Suite:
         self.run_dir = pytester.path / "run"
 
     def run(self, source: str, *options: str) -> pytest.RunResult:
-        """Run pytest on one module with this text, in a process of its own."""
+        """Run pytest on one module with this text; with workers, in a process of its own."""
         self.write(source)
-        return self.pytester.runpytest_subprocess(*self.options(*options))
+        if any(option.startswith("-n") for option in options):
+            return self.pytester.runpytest_subprocess(*self.options(*options))
+        return self.pytester.runpytest_inprocess(*self.options(*options))
 
     def write(self, source: str) -> None:
         """Make the module without running it."""
@@ -108,3 +113,12 @@ class Suite:
         """The one record of a test."""
         (found,) = [r for r in self.records() if r["test"].endswith(f"::{test}")]
         return found
+
+
+def wait_until(condition: Callable[[], object], what: str, *, timeout_s: float = 30) -> None:
+    """Wait for a condition; the test fails when it does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        pause.wait(0.05)

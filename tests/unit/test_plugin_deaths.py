@@ -7,13 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from plugin_suite import Suite
+from plugin_suite import Suite, wait_until
 
 from harness.report.model import Outcome
 from harness.report.store import load_run
@@ -25,15 +22,6 @@ pytest_plugins = ["pytester"]
 def suite(pytester: pytest.Pytester) -> Suite:
     """A fresh suite."""
     return Suite(pytester)
-
-
-def wait_until(condition: Callable[[], object], what: str, *, timeout_s: float = 30) -> None:
-    """Wait for a condition; the test fails when it does not come true in time."""
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        pause.wait(0.05)
 
 
 def alive(pid: int) -> bool:

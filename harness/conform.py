@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From a series to a report: build, boot, run the suite, say what came of it.
+
+The suite runs in a pytest of its own (with workers of its own), so that whatever happens to
+it, what it has found out is reported: verdicts are in their file the moment they are known,
+and this process makes documents of that file. Both end with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from harness import __version__, paths
+from harness.build.progress import note
+from harness.errors import HarnessError, InfraError, UsageError
+from harness.plugin.beat import open_counters
+from harness.plugin.controller import PARENT_VARIABLE
+from harness.plugin.inputs import machine_record, save_builds, save_machine, save_settings
+from harness.plugin.processes import adopted_orphans
+from harness.report import render
+from harness.report.live import LiveView
+from harness.report.model import End, RunFacts, exit_code, missing
+from harness.report.store import (
+    VerdictFile,
+    last_run,
+    load_run,
+    new_run_dir,
+    point_latest,
+    utc_now,
+)
+from harness.settings import load_settings
+
+if TYPE_CHECKING:
+    from harness.settings import Settings
+
+__all__ = ["conform", "report", "run_suite", "selection"]
+
+SUITES = ("tests/conformance", "tests/lifecycle")
+
+LOOK_EVERY_S = 0.5
+
+INTERRUPT_GRACE_S = 60.0
+"""How long pytest may take to end its workers after Ctrl-C."""
+
+STALLED_S = 900.0
+"""When nothing at all moved for so long, pytest itself is stuck: limits of tests are shorter."""
+
+_USAGE, _NO_TESTS = 4, 5  # pytest.ExitCode, which is slow to import
+
+
+def conform(settings: Settings, *, select: str | None = None, repeat: int = 1) -> int:
+    """Hold the series of the settings to the suite.
+
+    :param select: clauses (``HOOK-OK``, ``EVT-*``), tests (a file or pytest's node id), or
+        an expression for pytest's ``-k``; several of the first two, separated by blanks.
+    :param repeat: run each test so many times, and stop at the first that is not good.
+    :returns: the exit code: 0 all held, 1 a promise was broken, 2 usage, 4 our own side or
+        the machine.
+    :raises UsageError: ``select`` names nothing.
+    :raises BuildError: something could not be built; nothing was run.
+    :raises ConformanceError: the kernel under test does not even boot; nothing was run.
+    :raises InfraError: nothing could be run.
+
+    Afterwards the run's directory holds verdicts and documents, also if this ends with an
+    exception after the first test began.
+    """
+    arguments = selection(select)
+    run_dir = new_run_dir(settings.reports)
+    workers = settings.workers
+    _prepare(settings, run_dir, select=select or "", repeat=repeat)
+    note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
+    if repeat > 1:
+        arguments += [f"--kvmi-repeat={repeat}", "-x"]
+    return run_suite(run_dir, [f"-n{workers}", *arguments])
+
+
+def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -> int:
+    """Run pytest for a prepared run, see to it that nothing is lost, and make the documents.
+
+    :param run_dir: holds the run's facts, and what workers need to get hosts.
+    :param arguments: for pytest.
+    :param root: where the tests are, with the ``pyproject.toml`` that configures pytest.
+    :returns: the exit code, as of :func:`conform`.
+    """
+    code, reason = _run_pytest(run_dir, arguments, root)
+    _account(run_dir, reason or _death(code))
+    return _tell(run_dir, code, arguments)
+
+
+def report(settings: Settings, *, run: Path | None = None) -> int:
+    """Make the documents of a stored run again, and print its summary.
+
+    :param run: its directory; the newest one if None.
+    :returns: 0: the exit code is about the report, not about the run's verdicts.
+    :raises UsageError: there is no such run.
+    """
+    view = render(run or last_run(settings.reports))
+    print(f"Report: {view.run.path / 'report.html'}")
+    return 0
+
+
+# -- what runs ----------------------------------------------------------------------------------
+
+
+def selection(select: str | None) -> list[str]:
+    """Arguments for pytest that choose what ``select`` names.
+
+    :raises UsageError: a clause or file that does not exist.
+    """
+    if not select or not select.strip():
+        return list(SUITES)
+    # Blanks within the brackets of a parametrised test are part of its name.
+    words = [word for word in re.split(r"[\s,]+(?![^\[]*\])", select.strip()) if word]
+    if all(
+        re.fullmatch(r"[A-Z][A-Z0-9]*-[A-Z0-9*?-]*|[A-Z0-9?-]*\*[A-Z0-9*?-]*", w) for w in words
+    ):
+        for word in words:
+            _check_clause(word)
+        return [*(f"--kvmi-clause={word}" for word in words), *SUITES]
+    if all("::" in word or word.endswith(".py") or "/" in word for word in words):
+        for word in words:
+            if not (paths.ROOT / word.partition("::")[0]).exists():
+                raise UsageError(f"there is no {word.partition('::')[0]} in {paths.ROOT}")
+        return words
+    return ["-k", select, *SUITES]
+
+
+def _check_clause(pattern: str) -> None:
+    from harness.abi import load_clauses
+
+    known = load_clauses()
+    if not fnmatch.filter(known, pattern):
+        near = difflib.get_close_matches(pattern, known, n=3)
+        raise UsageError(
+            f"there is no clause {pattern}",
+            hint=f"did you mean {', '.join(near)}?" if near else "see harness/abi/clauses.toml",
+        )
+
+
+def _prepare(settings: Settings, run_dir: Path, *, select: str, repeat: int) -> None:
+    """Build, make the target ready, and leave in the run's directory what workers need."""
+    from harness.build.images import build_images
+    from harness.build.kernel import build_kernel
+    from harness.build.qemu import build_qemu
+    from harness.hosts import target_for
+
+    target = target_for(settings)
+    kernel = build_kernel(settings)
+    qemu = build_qemu(settings)
+    images = build_images(settings, kernel=kernel, qemu=qemu)
+    target.prepare(kernel, images)
+    machine = target.facts()
+    facts = RunFacts(
+        run=run_dir.name,
+        started=utc_now(),
+        target=settings.target,
+        series=f"{kernel.series} {qemu.series}",
+        abi=settings.abi,
+        workers=settings.workers,
+        select=select,
+        repeat=repeat,
+        rerun=_rerun(settings),
+        harness=__version__,
+        python=platform.python_version(),
+        system=_system(),
+        controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
+        kernel={"release": kernel.release, "series": kernel.series, "key": kernel.key},
+        qemu={"version": qemu.version, "series": qemu.series, "key": qemu.key},
+        machine=machine_record(machine),
+    )
+    try:
+        with VerdictFile(run_dir) as file:
+            file.write(facts)
+        save_settings(run_dir, settings)
+        save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
+        save_machine(run_dir, machine)
+        open_counters(run_dir).close()
+        point_latest(run_dir)
+    except OSError as error:
+        raise InfraError(
+            f"the run's directory {run_dir} cannot be written: {error.strerror}",
+            hint="make room there, or set 'reports' to another directory",
+        ) from error
+
+
+def _system() -> str:
+    with contextlib.suppress(OSError):
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    return platform.platform()
+
+
+def _rerun(settings: Settings) -> str:
+    """The command that starts such a run again; ``--select`` can be added to it."""
+    command = "inv conform"
+    if "TOX_ENV_NAME" in os.environ:
+        command = "python3 -m tox run -e conform --"
+    usual = load_settings()
+    for name in ("target", "kernel_series", "qemu_series", "flavour"):
+        value = getattr(settings, name)
+        if value != getattr(usual, name):
+            command += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+    return command
+
+
+# -- running it ---------------------------------------------------------------------------------
+
+
+def _run_pytest(run_dir: Path, arguments: list[str], root: Path) -> tuple[int, str]:
+    """Run pytest under watch; gives its exit status, and why it was ended if it was."""
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        # What this run is, wherever it is started from.
+        f"--rootdir={root}",
+        f"--config-file={root / 'pyproject.toml'}",
+        f"--kvmi-run={run_dir}",
+        # Nothing of a run stays in the repository.
+        "-pno:cacheprovider",
+        # Tests take from a tenth of a second to a minute: hand them out one by one.
+        "--dist=load",
+        "--maxschedchunk=1",
+        "--color=no",
+        *arguments,
+    ]
+    environment = os.environ | {
+        PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with adopted_orphans(), _signals_as_interrupts(), (run_dir / "pytest.log").open("ab") as log:
+        process = subprocess.Popen(
+            argv,
+            cwd=root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # A group of its own: Ctrl-C reaches this process only, which passes it on once.
+            process_group=0,
+        )
+        try:
+            reason = _watch(process, run_dir)
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return process.returncode, reason
+
+
+def _watch(process: subprocess.Popen[bytes], run_dir: Path) -> str:
+    """Show the run until pytest ends; gives the reason if it had to be ended."""
+    with LiveView(run_dir) as live:
+        state: object = None
+        moved = time.monotonic()
+        while True:
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK_EVERY_S)
+                    live.update()
+                    return ""
+                now = live.update()
+            except KeyboardInterrupt:
+                note("Interrupted: ending the workers; once more to end them at once")
+                return _interrupt(process)
+            if now != state:
+                state, moved = now, time.monotonic()
+            elif time.monotonic() - moved > STALLED_S:
+                return f"nothing moved for {STALLED_S:.0f} s, so pytest was ended"
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> str:
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+        process.wait(INTERRUPT_GRACE_S)
+    return "the run was interrupted"
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: with a report."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- what came of it ----------------------------------------------------------------------------
+
+
+def _death(code: int) -> str:
+    """What pytest died of, if it did."""
+    if code < 0:
+        return f"pytest was killed by {signal.Signals(-code).name}"
+    return ""
+
+
+def _account(run_dir: Path, reason: str) -> None:
+    """See to it that the run has an end, and a verdict on all that was collected."""
+    run = load_run(run_dir)
+    if run.end is not None:
+        return
+    reason = reason or "pytest ended before the run did; see pytest.log"
+    lost = missing(run.plan, run.verdicts, reason=reason)
+    started = run_dir.stat().st_ctime  # only for the duration; the start itself is in the facts
+    with contextlib.suppress(OSError), VerdictFile(run_dir) as file:
+        for verdict in lost:
+            file.write(verdict)
+        file.write(
+            End(
+                finished=utc_now(),
+                duration_s=round(max(0.0, time.time() - started), 3),
+                exit_code=exit_code([*run.verdicts, *lost]),
+                reason=reason,
+            )
+        )
+
+
+def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
+    """Make the documents, print the summary, and settle the exit code."""
+    log = run_dir / "pytest.log"
+    try:
+        view = render(run_dir)
+    except HarnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        view = render(run_dir, ())
+    if not view.verdicts and code == _NO_TESTS:
+        raise UsageError(
+            f"no test matches {shlex.join(arguments)}",
+            hint="name clauses (HOOK-*), tests (a file, or pytest's id), or words of their names",
+        )
+    if code == _USAGE:
+        raise UsageError(f"pytest cannot run these tests; see {log}", details=_errors_in(log))
+    if not view.verdicts:
+        raise InfraError(f"pytest ran nothing; see {log}", details=_errors_in(log))
+    print(f"Report: {run_dir / 'report.html'}")
+    if view.bad_tests:
+        few = [test.test for test in view.bad_tests[:5]]
+        print(f"Run {'them' if len(few) > 1 else 'it'} again: {view.rerun(few)}")
+    return _settled(view.exit_code, code)
+
+
+def _settled(verdicts: int, pytest_code: int) -> int:
+    """Verdicts decide; but a pytest that failed otherwise never counts as success."""
+    return 4 if verdicts == 0 and pytest_code != 0 else verdicts
+
+
+def _errors_in(log: Path, *, lines: int = 40) -> str:
+    """What a log of pytest says about what went wrong, or its end."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    starts = [n for n, line in enumerate(text) if re.match(r"=+ ERRORS =+", line)]
+    if starts:
+        section = text[starts[-1] + 1 :]
+        ends = [n for n, line in enumerate(section) if line.startswith("=====")]
+        return "\n".join(section[: ends[0] if ends else lines][:lines])
+    errors = [line for line in text if line.startswith("INTERNALERROR")]
+    return "\n".join((errors or text)[-lines:])
