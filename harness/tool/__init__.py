@@ -10,9 +10,10 @@ with Listener() as listener:
 """
 
 from harness.tool.handshake import Hello, key_hash, receive_hello, send_answer
-from harness.tool.inbox import TAKEN, Handler, Pending
+from harness.tool.inbox import TAKEN, Handler
 from harness.tool.listener import Listener
 from harness.tool.messages import EventMessage, Message
+from harness.tool.pending import Pending
 from harness.tool.session import Session, State
 from harness.tool.transcript import Channel, Transcript, render
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from harness.abi import Codec, Reply
@@ -28,12 +28,13 @@ from harness.errors import (
 from harness.tool.explain import hex_lines, is_event
 from harness.tool.framing import HEADER
 from harness.tool.messages import EventMessage, Message
+from harness.tool.pending import Pending, Problem
 from harness.tool.transcript import Channel
 
 if TYPE_CHECKING:
     from harness.counters import SlotWriter
 
-__all__ = ["TAKEN", "Handler", "Inbox", "Pending"]
+__all__ = ["TAKEN", "Handler", "Inbox"]
 
 #: What a handler returns that took the event and answers it later, or never.
 TAKEN: Literal["TAKEN"] = "TAKEN"
@@ -45,62 +46,6 @@ Handler = Callable[[EventMessage], "str | tuple[str, Mapping[str, int]] | None"]
 T = TypeVar("T")
 
 _LISTED = 20
-
-
-@dataclass(eq=False)
-class _Problem:
-    """An error found by the reader, until somebody has met it."""
-
-    error: HarnessError
-    reply: Reply | None = None
-    met: bool = False
-
-    def meet(self) -> HarnessError:
-        self.met = True
-        return self.error
-
-
-class Pending:
-    """A command that was sent and may not have been answered yet."""
-
-    def __init__(self, inbox: Inbox, id: int, seq: int, request: bytes) -> None:
-        self._inbox = inbox
-        self.id = id
-        self.seq = seq
-        self.request = request
-        self.sent_ns = time.monotonic_ns()
-        self._result: Reply | _Problem | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the command, ``id N`` when there is none."""
-        command = self._inbox.codec.profile.command_by_id.get(self.id)
-        return command.name if command else f"id {self.id}"
-
-    def __str__(self) -> str:
-        return f"{self.name} (seq {self.seq})"
-
-    @property
-    def done(self) -> bool:
-        """Whether the answer came, right or malformed."""
-        return self._result is not None
-
-    def reply(self, timeout_s: float = 10) -> Reply:
-        """Wait for the answer. May be called again.
-
-        :raises SilenceError: not in time; the answer may still come, and can be waited for again.
-        :raises SessionClosed: the socket ended before. :raises MalformedMessage: a wrong answer.
-        """
-        return self._inbox.wait(self._ready, timeout_s, f"reply to {self}")
-
-    def _ready(self) -> Reply | None:
-        if isinstance(self._result, _Problem):
-            raise self._result.meet()
-        return self._result
-
-    def unanswered(self, within_s: float) -> None:
-        """Watch for a while that no answer comes. :raises ConformanceError: it came."""
-        self._inbox.watch(lambda: f"the reply to {self}" if self.done else None, within_s)
 
 
 class Inbox:
@@ -122,7 +67,7 @@ class Inbox:
         self.counts: Counter[str] = Counter()
         self.events: deque[EventMessage] = deque()
         self.handlers: dict[str, Handler] = {}
-        self.problems: list[_Problem] = []
+        self.problems: list[Problem] = []
         self.ended: str | None = None
         self.ended_ns = 0
         self.closed_here = False
@@ -133,8 +78,9 @@ class Inbox:
         self._on_event = on_event
         self._changed = threading.Condition()
         self._waiters = 0
+        self._watchers = 0  # of these, the ones that look at every message
         self._pending: dict[int, deque[Pending]] = {}
-        self._refusals: dict[int, _Problem] = {}
+        self._refusals: dict[int, Problem] = {}
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -165,23 +111,26 @@ class Inbox:
             self._channel.received(ns, id, seq, payload)
         self.received += 1
         if is_event(self.codec, id, payload):
-            self._take_event(ns, id, seq, payload)
+            news = self._take_event(ns, id, seq, payload)
         else:
             self.log.append(Message(self.codec, ns, id, seq, payload))
             self._take_reply(ns, id, seq, payload)
-        # Without the lock, which costs more than all else here: whoever waits sets this before
-        # looking at what is there, so one of the two sees the other.
-        if self._waiters:
+            news = True
+        # Looked at without the lock: whoever waits sets these before looking at what is there, so
+        # one of the two sees the other. Who does not care for events that are answered here is
+        # not woken by thousands of them, as that would slow down the answers.
+        if self._watchers or (news and self._waiters):
             with self._changed:
                 self._changed.notify_all()
 
-    def _take_event(self, ns: int, id: int, seq: int, payload: bytes) -> None:
+    def _take_event(self, ns: int, id: int, seq: int, payload: bytes) -> bool:
+        """Whether something is left for those who wait: the event, or a problem."""
         try:
             definition, vcpu = self.codec.check_event(id, payload, seq=seq)
         except MalformedMessage as error:
             self.log.append(Message(self.codec, ns, id, seq, payload))
             self.problem(error, payload)
-            return
+            return True
         event = EventMessage(self.codec, ns, id, seq, payload, definition=definition, vcpu=vcpu)
         self.log.append(event)
         # Counted before it is answered: when the guest goes on, the count is right already.
@@ -191,9 +140,11 @@ class Inbox:
         handler = self.handlers.get(definition.name)
         if handler is None and definition.actions:
             handler = self._on_event
-        if handler is None or not self._handled(event, handler):
-            with self._changed:
-                self.events.append(event)
+        if handler is not None and self._handled(event, handler):
+            return False
+        with self._changed:
+            self.events.append(event)
+        return True
 
     def _handled(self, event: EventMessage, handler: Handler) -> bool:
         """Let the handler have the event; whether it took it."""
@@ -235,10 +186,10 @@ class Inbox:
             self._check_size(id, seq, payload)
             reply = self.codec.decode_reply(id, payload, request=pending.request, seq=seq)
         except MalformedMessage as error:
-            pending._result = self.problem(error, payload)
+            pending.result = self.problem(error, payload)
             return
         latency_ns = ns - pending.sent_ns
-        pending._result = replace(reply, received_ns=ns, latency_ns=latency_ns)
+        pending.result = replace(reply, received_ns=ns, latency_ns=latency_ns)
         if self._slot is not None:
             size = HEADER.size + len(payload)
             self._slot.reply(size, latency_ns, failed=reply.err != 0, ns=ns)
@@ -261,7 +212,7 @@ class Inbox:
         error = ConformanceError(
             f"the kernel refused the event reply with seq {seq}: {reply.error} ({reply.err})"
         )
-        self._refusals[seq] = self.problem(error, payload, reply=reply)
+        self.problem(error, payload, reply=reply)
 
     def _check_size(self, id: int, seq: int, payload: bytes) -> None:
         limit = self.codec.profile.max_message_size
@@ -273,16 +224,18 @@ class Inbox:
 
     def problem(
         self, error: HarnessError, payload: bytes = b"", *, reply: Reply | None = None
-    ) -> _Problem:
-        """Keep an error for the next wait."""
+    ) -> Problem:
+        """Keep an error for the next wait; ``reply`` is what came for an event reply, if any."""
         if payload and not error.details:
             error.details = hex_lines(payload, limit=1024)
         if self._channel is not None:
             self._channel.note(f"problem: {error.message}")
         if self._slot is not None:
             self._slot.problem()
-        problem = _Problem(error, reply)
+        problem = Problem(error, reply)
         with self._changed:
+            if reply is not None:
+                self._refusals[reply.seq] = problem
             self.problems.append(problem)
             self._changed.notify_all()
         return problem
@@ -305,9 +258,16 @@ class Inbox:
     # -- waiting -------------------------------------------------------------------------------
 
     def wait(
-        self, ready: Callable[[], T | None], timeout_s: float, what: str | Callable[[], str]
+        self,
+        ready: Callable[[], T | None],
+        timeout_s: float,
+        what: str | Callable[[], str],
+        *,
+        every: bool = False,
     ) -> T:
         """What ``ready`` gives (it is called with the lock held), as soon as that is not None.
+
+        :param every: ``ready`` depends on events that have a handler, too.
 
         :raises SilenceError: not in time. :raises SessionClosed: the stream ended before.
         :raises HarnessError: a problem that nobody met yet.
@@ -326,7 +286,7 @@ class Inbox:
                     )
             return found
 
-        found = self._wait(found_or_ended, timeout_s)
+        found = self._wait(found_or_ended, timeout_s, every=every)
         if found is None:
             text = what if isinstance(what, str) else what()
             raise SilenceError(
@@ -349,15 +309,16 @@ class Inbox:
             if self.ended is not None:
                 raise SessionClosed(f"the socket ended ({self.ended}) during a quiet time")
 
-        self._wait(still_good, within_s)
+        self._wait(still_good, within_s, every=True)
 
-    def _wait(self, look: Callable[[], T | None], timeout_s: float) -> T | None:
+    def _wait(self, look: Callable[[], T | None], timeout_s: float, *, every: bool) -> T | None:
         """What ``look`` gives, or None when the time is over."""
         if threading.current_thread() is self.reader:
             raise UsageError("a handler must not wait: it runs in the thread that receives")
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self._waiters += 1
+            self._watchers += every
             try:
                 while True:
                     found = look()
@@ -367,6 +328,7 @@ class Inbox:
                     self._changed.wait(left_s)
             finally:
                 self._waiters -= 1
+                self._watchers -= every
 
     def refusal(self, seq: int) -> Reply | None:
         """The error code that came instead of nothing for the event reply with that seq."""

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from harness.abi import Codec, Profile, Reply, load_profile
 from harness.errors import HarnessError, UsageError
 from harness.tool.framing import HEADER, frame
-from harness.tool.inbox import Handler, Inbox, Pending
+from harness.tool.inbox import Handler, Inbox
 from harness.tool.messages import EventMessage, Message
+from harness.tool.pending import Pending
 from harness.tool.transcript import Channel, Transcript
 from harness.tool.wire import Wire
 
@@ -215,6 +216,7 @@ class Session:
             lambda: counts[name] if counts[name] >= count else None,
             timeout_s,
             lambda: f"{count} events {name} in all, of which {counts[name]} came",
+            every=True,
         )
 
     def answer(
