@@ -7,13 +7,13 @@ id, payload = codec.encode_command("VM_READ_PHYSICAL", gpa=0x1000, size=16)
 """
 
 from harness.abi.clauses import Clause, Side, load_clauses, requirement_documents
-from harness.abi.codec import HEADER_SIZE, Codec
+from harness.abi.codec import HEADER, Codec, frame
 from harness.abi.layout import Field, Record, Struct
 from harness.abi.messages import EventBody, Reply
 from harness.abi.profile import Command, Event, Ioctl, Profile, load_profile, profile_names
 
 __all__ = [
-    "HEADER_SIZE",
+    "HEADER",
     "Clause",
     "Codec",
     "Command",
@@ -26,6 +26,7 @@ __all__ = [
     "Reply",
     "Side",
     "Struct",
+    "frame",
     "load_clauses",
     "load_profile",
     "profile_names",

@@ -17,15 +17,19 @@ from harness.abi.messages import EMPTY, EventBody, Reply
 from harness.abi.profile import Command, Event, Profile
 from harness.errors import MalformedMessage, UsageError
 
-__all__ = ["HEADER_SIZE", "Codec"]
+__all__ = ["HEADER", "Codec", "frame"]
 
-#: Bytes of kvmi_msg_hdr.
-HEADER_SIZE = 8
+#: kvmi_msg_hdr: id, size, seq.
+HEADER = struct.Struct("<HHI")
 
-_HEADER = struct.Struct("<HHI")
 _ERROR_CODE = struct.Struct("<iI")
 _EVENT_START = struct.Struct("<HHHHHH")
 _EVENT_REPLY = struct.Struct("<HHIBBHI")
+
+
+def frame(id: int, payload: bytes, seq: int, *, size: int | None = None) -> bytes:
+    """One message: header and payload. ``size`` overrides the header's field, for lies."""
+    return HEADER.pack(id, len(payload) if size is None else size, seq) + payload
 
 
 class Codec:
@@ -98,11 +102,10 @@ class Codec:
             return sum(names[letter] for letter in set(name))
         raise UsageError(f"{name!r} is not among {table}: {', '.join(names)}")
 
-    # -- headers -------------------------------------------------------------------------------
-
-    def frame(self, id: int, payload: bytes, seq: int, *, size: int | None = None) -> bytes:
-        """One message: header and payload. ``size`` overrides the header's field."""
-        return _HEADER.pack(id, len(payload) if size is None else size, seq) + payload
+    @staticmethod
+    def frame(id: int, payload: bytes, seq: int, *, size: int | None = None) -> bytes:
+        """One message, see :func:`frame`."""
+        return frame(id, payload, seq, size=size)
 
     # -- commands ------------------------------------------------------------------------------
 

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 import time
 
+from harness.abi import HEADER, frame
 from harness.errors import SessionClosed, SilenceError
 
 __all__ = ["HEADER", "Deframer", "frame", "read_exactly"]
-
-#: kvmi_msg_hdr: id, size, seq.
-HEADER = struct.Struct("<HHI")
-
-
-def frame(id: int, payload: bytes, seq: int, *, size: int | None = None) -> bytes:
-    """One message. ``size`` overrides the header's field, for messages that lie."""
-    return HEADER.pack(id, len(payload) if size is None else size, seq) + payload
 
 
 class Deframer:
