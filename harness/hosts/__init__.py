@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hosts, and the targets that provide them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.errors import UsageError
+from harness.hosts.base import Completed, MachineFacts, Target
+from harness.hosts.console import Complaint, Console
+from harness.hosts.host import Host
+from harness.hosts.ssh import GuestShell, RemoteOutput, RemoteProcess, Shell
+
+if TYPE_CHECKING:
+    from harness.settings import Settings
+
+__all__ = [
+    "Complaint",
+    "Completed",
+    "Console",
+    "GuestShell",
+    "Host",
+    "MachineFacts",
+    "RemoteOutput",
+    "RemoteProcess",
+    "Shell",
+    "Target",
+    "target_for",
+]
+
+
+def target_for(settings: Settings) -> Target:
+    """The target that the settings name, not prepared yet.
+
+    :raises UsageError: there is none of that name.
+    """
+    from harness.hosts.tcg import TcgTarget
+
+    targets = {TcgTarget.name: TcgTarget}
+    if settings.target not in targets:
+        raise UsageError(
+            f"there is no target {settings.target!r}", hint=f"known are: {', '.join(targets)}"
+        )
+    return targets[settings.target](settings)

@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Target ``tcg``: hosts with an emulated AMD processor, nested paging included.
+
+QEMU's TCG emulates SVM with NPT well enough for the host's KVM to run guests, on any
+machine. Booting such a host takes some seconds, so it is done once: the booted machine
+is saved, its memory as a plain file, the rest as a migration stream. A new host maps
+that file copy-on-write and loads the rest, which takes no memory that it does not
+change, no disk, and a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.build import cache, progress
+from harness.build.run import output_of
+from harness.errors import DeadlineError, InfraError, LostHostError, UsageError
+from harness.hosts import process
+from harness.hosts.base import MachineFacts
+from harness.hosts.console import Console
+from harness.hosts.host import Host
+from harness.hosts.monitor import Monitor
+from harness.hosts.ssh import Keys
+
+if TYPE_CHECKING:
+    from harness.build.images import Images
+    from harness.build.kernel import KernelBuild
+    from harness.settings import Settings
+
+__all__ = ["TcgTarget"]
+
+EMULATOR = "qemu-system-x86_64"
+
+_START_TIMEOUT_S = 20.0
+_BOOT_TIMEOUT_S = 120.0
+_RESTORE_TIMEOUT_S = 30.0
+_SAVE_TIMEOUT_S = 60.0
+
+# What this module does with a booted machine before it saves it; part of the key.
+_TEMPLATE_RECIPE = "1"
+
+# Options of QEMU's EPYC model that TCG lacks, in one version or another. Taken off by
+# name, so that a newer QEMU gives the same processor. Without NRIP save and decode
+# assists KVM finds the length of intercepted instructions by itself.
+_WITHOUT = (
+    "rdseed", "sha-ni", "fxsr-opt", "misalignsse", "3dnowprefetch", "osvw", "topoext",
+    "nrip-save", "xsavec", "decodeassists",
+)  # fmt: skip
+
+KERNEL_OPTIONS = (
+    # The console goes to the evidence; it shows all that is said from "info" on.
+    "console=ttyS0", "loglevel=7",
+    # The image, shared by all hosts, so read-only; init puts a tmpfs over it.
+    "root=/dev/vda", "rootfstype=ext4", "ro", "init=/opt/host/init",
+    # A kernel that oopsed has nothing more to say: end at once, with the report on the
+    # console, instead of leaving tests to wait. -no-reboot makes the emulator exit.
+    "oops=panic", "panic=-1",
+    # All emulated CPUs read the same clock. Without this the kernel's watchdog, on a
+    # busy machine, takes the TSC for unstable and falls back to a timer that is slow.
+    "tsc=reliable",
+    # The same with its lockup detectors, which run in real time: an emulated CPU gets
+    # none while the machine is busy with others.
+    "watchdog_thresh=60", "rcupdate.rcu_cpu_stall_timeout=120",
+    # Slab caches under their own names in /proc/slabinfo, where leaks are looked for.
+    "slab_nomerge",
+    # What this is about. Tests also switch it at run time, in /sys/module/kvm.
+    "kvm.introspection=1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The saved machine that hosts are restored from: a directory of the cache."""
+
+    directory: Path
+
+    @property
+    def memory(self) -> Path:
+        return self.directory / "memory"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def console(self) -> Path:
+        return self.directory / "console.log"
+
+    def facts(self) -> MachineFacts:
+        return MachineFacts(**json.loads((self.directory / "facts.json").read_text()))
+
+
+class TcgTarget:
+    """See the module's text. :meth:`prepare` before anything else."""
+
+    name = "tcg"
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._kernel: KernelBuild | None = None
+        self._images: Images | None = None
+        self._keys: Keys | None = None
+        self._template: _Template | None = None
+
+    # -- the template -----------------------------------------------------------------
+
+    def prepare(self, kernel: KernelBuild, images: Images) -> None:
+        """Boot a host and save it, unless the cache has it. See :class:`Target`."""
+        self._kernel, self._images = kernel, images
+        self._keys = Keys(images.keys)
+        inputs: dict[str, cache.Input] = {
+            "kernel": kernel.key,
+            "images": images.key,
+            "emulator": _emulator_version(),
+            "argv": "\0".join(self._arguments(_Place.unnamed(), KERNEL_OPTIONS)),
+            "recipe": _TEMPLATE_RECIPE,
+            # The saved machine's clock counts the cycles of this processor.
+            "processor": _processor(),
+        }
+        place = cache.entry("template", inputs, self._make_template, root=self._settings.cache)
+        self._template = _Template(place)
+
+    def _make_template(self, directory: Path) -> None:
+        cache.require_space(
+            self._settings.cache, megabytes=self._settings.host_memory_mb, purpose="a saved host"
+        )
+        template = _Template(directory)
+        place = _Place(
+            name="template",
+            memory=template.memory,
+            share=True,
+            console=template.console,
+            log=directory / "emulator.log",
+        )
+        with progress.step("Boot a host and save it"):
+            emulator = _Emulator.start(self._arguments(place, KERNEL_OPTIONS), place)
+            host = self._host(emulator, directory)
+            with host:
+                emulator.open(timeout_s=_START_TIMEOUT_S)
+                self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
+                _warm_up(host)
+                facts = self._look(host)
+                (directory / "facts.json").write_text(json.dumps(facts.as_dict(), indent=1) + "\n")
+                host.check()
+                emulator.save(template.state)
+        # The memory was written by the emulator through a mapping; the cache's promise that
+        # a named entry is complete must hold after a power failure, too.
+        for path in (template.memory, template.state):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _look(self, host: Host) -> MachineFacts:
+        """The facts of a booted host, as it tells them."""
+        assert self._kernel is not None
+        settings = self._settings
+        answers = host.run(
+            "uname -r; cat /sys/module/kvm_amd/parameters/npt;"
+            " /opt/qemu/bin/qemu-system-x86_64 --version | head -n 1"
+        ).text.splitlines()
+        release, npt, qemu = (answers + [""] * 3)[:3]
+        return MachineFacts(
+            target=self.name,
+            emulated=True,
+            vendor="AMD",
+            cpu_model="EPYC",
+            cpus=settings.host_cpus,
+            memory_mb=settings.host_memory_mb,
+            virtualisation=f"SVM, emulated by QEMU TCG {_emulator_version()}",
+            nested_paging=npt.strip() in ("Y", "1"),
+            kernel_release=release,
+            kernel_series=self._kernel.series,
+            guest_qemu=qemu.replace("QEMU emulator version ", ""),
+            machine=f"{_processor()}, {os.cpu_count()} CPUs",
+        )
+
+    def facts(self) -> MachineFacts:
+        """The facts of the prepared target. See :class:`Target`."""
+        return self._prepared().facts()
+
+    def _prepared(self) -> _Template:
+        if self._template is None:
+            raise UsageError("target tcg is not prepared", hint="call prepare() first")
+        return self._template
+
+    # -- hosts ------------------------------------------------------------------------
+
+    def start(self, *, name: str, evidence: Path, without_options: Sequence[str] = ()) -> Host:
+        """A fresh host that answers commands, restored in about a second. See :class:`Target`.
+
+        With ``without_options`` it is booted from nothing, in some seconds.
+        """
+        template = self._prepared()
+        evidence.mkdir(parents=True, exist_ok=True)
+        place = _Place(
+            name=name,
+            memory=None if without_options else template.memory,
+            share=False,
+            console=evidence / "console.log",
+            log=evidence / "emulator.log",
+        )
+        options = [option for option in KERNEL_OPTIONS if option not in without_options]
+        argv = self._arguments(place, options)
+        if without_options:
+            place.console.write_bytes(b"")
+            emulator = _Emulator.start(argv, place)
+        else:
+            # What the kernel said while it booted belongs to this host's story, too.
+            shutil.copyfile(template.console, place.console)
+            emulator = _Emulator.start([*argv, "-incoming", "defer"], place)
+        host = self._host(emulator, evidence)
+        try:
+            emulator.open(timeout_s=_START_TIMEOUT_S)
+            if without_options:
+                self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
+            else:
+                emulator.restore(template.state)
+                self._wait_up(host, timeout_s=_RESTORE_TIMEOUT_S)
+                # Its clock went on from when it was saved.
+                host.run(f"date -u -s @{time.time():.3f}")
+        except BaseException:
+            host.close()
+            raise
+        return host
+
+    def _host(self, emulator: _Emulator, evidence: Path) -> Host:
+        assert self._keys is not None
+        place = emulator.place
+        return Host(
+            emulator,
+            name=place.name,
+            evidence=evidence,
+            console=Console(place.console),
+            keys=self._keys,
+        )
+
+    def _wait_up(self, host: Host, *, timeout_s: float) -> None:
+        try:
+            host.wait_up(timeout_s=timeout_s)
+        except DeadlineError as error:
+            error.message = f"host {host.name} did not come up: {error.message}"
+            error.details = host.console.tail()
+            raise
+
+    def _arguments(self, place: _Place, options: Sequence[str]) -> list[str]:
+        """The emulator's command line."""
+        assert self._kernel is not None
+        assert self._images is not None
+        settings = self._settings
+        memory = f"size={settings.host_memory_mb}M"
+        if place.memory is None:
+            backend = f"memory-backend-ram,id=memory,{memory}"
+        else:
+            share = "on" if place.share else "off"
+            backend = f"memory-backend-file,id=memory,{memory},share={share}"
+            backend += f",mem-path={_value(place.memory)}"
+        drive = "format=raw,if=none,readonly=on"
+        return [
+            EMULATOR,
+            # In the process list: whose host it is.
+            "-name", f"kvmi-host-{place.name}",
+            # Only what is named here exists, so a saved machine fits the next emulator.
+            "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+            # The PC that every kernel knows; no HPET, whose emulation costs much and which
+            # nothing needs. Memory comes from the backend below.
+            "-machine", "pc,hpet=off,vmport=off,memory-backend=memory",
+            "-object", backend,
+            # One thread for each CPU. The buffer for translated code takes real memory as
+            # it fills; the default of 1 GiB is more than the host itself has.
+            "-accel", "tcg,thread=multi,tb-size=256",
+            # AMD, because TCG emulates SVM with nested paging; it has no VMX.
+            "-cpu", ",".join(["EPYC", "svm=on", "npt=on", *(f"{flag}=off" for flag in _WITHOUT)]),
+            "-smp", str(settings.host_cpus),
+            "-m", f"{settings.host_memory_mb}M",
+            # Direct boot: no boot loader in the image, and any kernel fits any image.
+            "-kernel", str(self._kernel.bzimage),
+            "-append", " ".join(options),
+            # A restart, also the one after a panic, ends the emulator.
+            "-no-reboot",
+            # /dev/vda: the system. Shared by all hosts, read-only.
+            "-drive", f"file={_value(self._images.host_disk)},{drive},id=system",
+            "-device", "virtio-blk-pci,drive=system,addr=5",
+            # /dev/vdb: what guests boot. Apart, because it changes with every kernel.
+            "-drive", f"file={_value(self._images.guest_disk)},{drive},id=guest",
+            "-device", "virtio-blk-pci,drive=guest,addr=6",
+            # User network: the host reaches us at 10.0.2.2. Port 0 lets the system choose a
+            # free port for SSH, so no two hosts can ask for the same one.
+            "-netdev", "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22",
+            # No option ROM: the machine never boots from the network.
+            "-device", "virtio-net-pci,netdev=net,romfile=,addr=4",
+            # The console, appended to what is there already.
+            "-chardev", f"file,id=console,path={_value(place.console)},append=on",
+            "-serial", "chardev:console",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one emulator has its files."""
+
+    name: str
+    memory: Path | None
+    """The file that is the machine's memory; None for memory of its own."""
+    share: bool
+    """Whether it may write that file."""
+    console: Path
+    log: Path
+
+    @classmethod
+    def unnamed(cls) -> _Place:
+        """For the part of the command line that is the same for all."""
+        nowhere = Path("/")
+        return cls(name="", memory=nowhere, share=False, console=nowhere, log=nowhere)
+
+
+class _Emulator:
+    """One QEMU process, as the :class:`harness.hosts.host.Machine` of a host."""
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], place: _Place, control: socket.socket
+    ) -> None:
+        self.place = place
+        self._child = child
+        self._monitor = Monitor(control, check=self._check)
+        self._port = 0
+
+    @classmethod
+    def start(cls, argv: Sequence[str], place: _Place) -> _Emulator:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # The control connection needs no name in any file system.
+            control = ["-chardev", f"socket,id=control,fd={theirs.fileno()}"]
+            control += ["-mon", "chardev=control,mode=control"]
+            try:
+                child = process.start(
+                    [*argv, *control], stderr=place.log, pass_fds=[theirs.fileno()]
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return cls(child, place, ours)
+
+    def open(self, *, timeout_s: float) -> None:
+        """Wait until it obeys, and learn its SSH port."""
+        self._monitor.open(timeout_s=timeout_s)
+        table = self._monitor.human("info usernet")
+        found = re.search(r"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d+) ", table, re.MULTILINE)
+        if found is None:
+            raise InfraError(
+                f"host {self.place.name}: the emulator forwards no port to SSH", details=table
+            )
+        self._port = int(found[1])
+
+    def _share_memory(self) -> None:
+        # The memory file is the memory: only the rest of the machine is in the stream.
+        capability = {"capability": "x-ignore-shared", "state": True}
+        self._monitor.execute("migrate-set-capabilities", capabilities=[capability])
+
+    def save(self, state: Path) -> None:
+        """Stop the machine and write all of it but the memory to ``state``."""
+        self._share_memory()
+        self._monitor.execute("stop")
+        # exec: is the one form that QEMU 7.2 and 10.0 both have for files.
+        self._monitor.execute("migrate", uri=f"exec:cat >{shlex.quote(str(state))}")
+        self._monitor.wait_migrated(timeout_s=_SAVE_TIMEOUT_S)
+        self._monitor.execute("quit")
+        process.end(self._child, grace_s=_SAVE_TIMEOUT_S)
+
+    def restore(self, state: Path) -> None:
+        """Load what :meth:`save` wrote, and let the machine run."""
+        self._share_memory()
+        self._monitor.execute("migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
+        self._monitor.wait_migrated(timeout_s=_RESTORE_TIMEOUT_S)
+        self._monitor.execute("cont")
+
+    # -- Machine ----------------------------------------------------------------------
+
+    def dial(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self._port), timeout=5.0)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.place.log.read_text(errors="replace").strip()
+        return ""
+
+    def ended(self) -> str | None:
+        status = self._child.poll()
+        if status is None:
+            return None
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        last = self._last_words().splitlines()[-1:]
+        return f"its emulator (process {self._child.pid}) ended with {', '.join([how, *last])}"
+
+    def crashed(self) -> bool:
+        # With -no-reboot a restart ends the emulator in peace, as does a triple fault; so
+        # does SIGTERM from somebody, but that it reports.
+        return self._child.poll() == 0 and "terminating on signal" not in self._last_words()
+
+    def _check(self) -> None:
+        if (ended := self.ended()) is not None:
+            raise LostHostError(
+                f"host {self.place.name} is gone: {ended}",
+                hint=f"the emulator's log is {self.place.log}",
+                details=self._last_words(),
+            )
+
+    def tool_address(self, port: int) -> tuple[str, int]:
+        return "10.0.2.2", port
+
+    def login_command(self, keys: Keys) -> list[str]:
+        return [
+            "ssh", "-F", "none", "-i", str(keys.client_path), "-p", str(self._port),
+            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+            "-o", "LogLevel=ERROR", "root@127.0.0.1",
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        self._monitor.close()
+        process.end(self._child)
+
+
+def _value(path: Path) -> str:
+    """A path as the value of a QEMU option, where a comma would end it."""
+    return str(path).replace(",", ",,")
+
+
+def _warm_up(host: Host) -> None:
+    """Have in the host's page cache what every test uses."""
+    host.run(
+        "python3 -c 'import ctypes, fcntl, json, mmap, select, socket, struct, threading';"
+        " /opt/qemu/bin/qemu-system-x86_64 --version; cat /opt/guest/* >/dev/null",
+        check=False,
+    )
+
+
+def _emulator_version() -> str:
+    """The emulator's version with its packager's, such as ``7.2.22 (Debian 1:7.2+...)``."""
+    if shutil.which(EMULATOR) is None:
+        raise UsageError(
+            f"{EMULATOR} is not installed", hint="`inv doctor` says which package has it"
+        )
+    first = output_of([EMULATOR, "--version"]).splitlines()[0]
+    return first.replace("QEMU emulator version ", "").strip()
+
+
+def _processor() -> str:
+    """The model of this machine's processor, as the kernel names it."""
+    text = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else "unknown processor"
