@@ -13,11 +13,12 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
+from harness.errors import HarnessError
 from harness.plugin.collect import USAGE
 from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
@@ -34,6 +35,9 @@ from harness.report.model import (
     missing,
 )
 from harness.report.store import VerdictFile, load_run, point_latest, read_plan, utc_now
+
+if TYPE_CHECKING:
+    from harness.settings import Settings
 
 __all__ = ["PARENT_VARIABLE", "Controller", "Nodes"]
 
@@ -97,7 +101,12 @@ class Controller:
                 run_dir, target=self._session.config.getoption("--kvmi-target")
             )
             self._facts = RunFacts(
-                run=run_dir.name, started=utc_now(), target=settings.target, abi=settings.abi
+                run=run_dir.name,
+                started=utc_now(),
+                target=settings.target,
+                series=_series(settings),
+                abi=settings.abi,
+                rerun="inv conform",
             )
             file.write(self._facts)
             point_latest(run_dir)
@@ -257,6 +266,17 @@ class Controller:
         totals = count(v.verdict for v in self._verdicts)
         text = ", ".join(f"{number} {outcome}" for outcome, number in totals.items() if number)
         terminalreporter.write_line(f"kvmi: {text} -> {self._session.run_dir}")
+
+
+def _series(settings: Settings) -> str:
+    """The series' short ids, as builds call them; without building anything."""
+    from harness.build.series import load_series
+
+    with contextlib.suppress(HarnessError):
+        return " ".join(
+            load_series(path).id for path in (settings.kernel_series, settings.qemu_series)
+        )
+    return ""
 
 
 class Nodes:

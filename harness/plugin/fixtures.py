@@ -9,7 +9,7 @@ doing. Session-scoped things live as long as their worker. All may be overridden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +91,27 @@ def host(request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
 def fresh_host(
     request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
 ) -> Iterator[Host]:
-    """A host for this test alone, just restored; for tests that leave one changed or dead."""
-    yield from _lend(current(request.node), kvmi_pool, settings, fresh=True)
+    """A host for this test alone, just restored; for tests that leave one changed or dead.
+
+    With ``@pytest.mark.boot_without("kvm.introspection=1")`` it is booted from nothing,
+    without these options of the usual kernel command line.
+    """
+    without = [
+        option for marker in request.node.iter_markers("boot_without") for option in marker.args
+    ]
+    yield from _lend(current(request.node), kvmi_pool, settings, fresh=True, without=without)
 
 
-def _lend(state: TestState, pool: HostPool, settings: Settings, *, fresh: bool) -> Iterator[Host]:
+def _lend(
+    state: TestState,
+    pool: HostPool,
+    settings: Settings,
+    *,
+    fresh: bool,
+    without: Sequence[str] = (),
+) -> Iterator[Host]:
     __tracebackhide__ = True
-    lease = pool.lend(test=state.test, fresh=fresh)
+    lease = pool.lend(test=state.test, fresh=fresh, without_options=without)
     state.leases.append(lease)
     yield lease.pooled.host
     try:

@@ -14,12 +14,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import ConformanceError, HarnessError
 from harness.plugin.classify import HostsGivenUp
+
+if TYPE_CHECKING:
+    from harness.hosts import Host, Target
 
 __all__ = ["HostPool", "Lease", "PerHost", "PooledHost"]
 
@@ -29,52 +32,15 @@ WATCH_INTERVAL_S = 0.1
 T = TypeVar("T")
 
 
-class Console(Protocol):
-    """What the pool needs of a host's console; see :mod:`harness.hosts`."""
-
-    def mark(self) -> int:
-        """The present end of the console, to look from later."""
-
-    def since(self, mark: int) -> str:
-        """The console's text since a mark."""
-
-    def complaints(self, mark: int) -> list[str]:
-        """What the kernel complained about since a mark."""
-
-
-class Host(Protocol):
-    """What the pool needs of a host; see :mod:`harness.hosts`."""
-
-    name: str
-    evidence: Path
-
-    @property
-    def console(self) -> Console:
-        """The host's console."""
-
-    def check(self) -> None:
-        """Raise HostCrashedError or LostHostError when the host is no more."""
-
-    def close(self) -> None:
-        """End the host."""
-
-
-class Target(Protocol):
-    """What the pool needs of a target; see :mod:`harness.hosts`."""
-
-    def start(self, *, name: str, evidence: Path) -> Any:
-        """Start a host."""
-
-
 class PerHost:
     """Things that live as long as a host does, such as a device manager running on it."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
         self._things: dict[str, Any] = {}
 
     def get(
-        self, name: str, make: Callable[[Any], T], *, usable: Callable[[T], bool] | None = None
+        self, name: str, make: Callable[[Host], T], *, usable: Callable[[T], bool] | None = None
     ) -> T:
         """The thing of this name, made by ``make(host)`` at first use.
 
@@ -106,7 +72,7 @@ class PerHost:
 class PooledHost:
     """A host with what depends on it, and the watch over its console."""
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
         self.per_host = PerHost(host)
         self.last_test = ""
@@ -134,7 +100,7 @@ class Lease:
 
     def kernel_log(self) -> str:
         """What the host's kernel said since the test began."""
-        return str(self.pooled.host.console.since(self._mark))
+        return self.pooled.host.console.since(self._mark)
 
     def finish(self, *, failed: bool, quiet_s: float) -> None:
         """Judge the host and give it back.
@@ -206,7 +172,7 @@ class HostPool:
         self._shared: PooledHost | None = None
         self._failures: list[str] = []
 
-    def start(self, *, test: str) -> PooledHost:
+    def start(self, *, test: str, without_options: Sequence[str] = ()) -> PooledHost:
         """Start a host of its own for a test.
 
         :raises HostsGivenUp: starting failed too often before; nothing was tried.
@@ -223,19 +189,24 @@ class HostPool:
         evidence.mkdir(parents=True, exist_ok=True)
         self._on_phase(f"start host {name}")
         try:
-            host = self._target.start(name=name, evidence=evidence)
+            # Most hosts are restored, not booted: the option is for those that are.
+            more: dict[str, Any] = {"without_options": without_options} if without_options else {}
+            host = self._target.start(name=name, evidence=evidence, **more)
         except BaseException:
             self._failures.append(test)
             raise
         self._failures.clear()
         return PooledHost(host)
 
-    def lend(self, *, test: str, fresh: bool = False) -> Lease:
+    def lend(self, *, test: str, fresh: bool = False, without_options: Sequence[str] = ()) -> Lease:
         """Lend a host to one test; the lease must be finished whatever happens.
 
         :param fresh: start a host for this test alone, and end it with the test.
+        :param without_options: kernel options that a fresh host is booted without.
         """
-        pooled = self.start(test=test) if fresh else self._take(test)
+        pooled = (
+            self.start(test=test, without_options=without_options) if fresh else self._take(test)
+        )
         return Lease(pooled, test=test, fresh=fresh)
 
     def _take(self, test: str) -> PooledHost:

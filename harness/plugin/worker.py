@@ -273,7 +273,7 @@ class Worker:
 def _of_host(thread: threading.Thread) -> bool:
     """Whether a thread lives with something longer than a test: a host, its SSH, the beat."""
     return (
-        thread.name.startswith(("kvmi-", "host-"))
+        thread.name.startswith(("kvmi-beat", "host-"))
         or type(thread).__module__.startswith("paramiko.")
         or type(thread).__module__.startswith("execnet.")
     )

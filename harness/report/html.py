@@ -65,7 +65,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A lifecycle test with its timeline."""
+    """A test with its timeline."""
 
     test: TestView
     anchor: str
@@ -114,7 +114,7 @@ def render_html(view: RunView) -> str:
         outcomes=list(Outcome),
         anchors=anchors,
         problems=[_problem(view, test, anchors[test.test]) for test in view.bad_tests],
-        sequences=[_sequence(view, test, anchors[test.test]) for test in view.lifecycle_tests],
+        sequences=[_sequence(view, test, anchors[test.test]) for test in view.sequences],
         lanes=lanes,
         lane_ticks=ticks(span_s),
         span_s=span_s,

@@ -153,12 +153,9 @@ class RunView:
         return sorted(bad, key=lambda test: kinds.index(test.verdict))
 
     @property
-    def lifecycle_tests(self) -> list[TestView]:
-        """Tests that have a timeline or were collected as lifecycle tests."""
-        marked = {planned.test for planned in self.run.plan if planned.lifecycle}
-        return [
-            test for test in self.tests if test.test in marked or "timeline" in test.first.evidence
-        ]
+    def sequences(self) -> list[TestView]:
+        """Tests that took steps, which are shown as timelines."""
+        return [test for test in self.tests if "timeline" in test.first.evidence]
 
     @property
     def exit_code(self) -> int:
