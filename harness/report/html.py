@@ -43,6 +43,9 @@ MARKS = {
 _FIRST_EVIDENCE = ("transcript", "kernel_log", "failure", "failure_teardown", "timeline")
 
 
+_FILES = ("verdicts.jsonl", "junit.xml", "pytest.log", "settings.json", "build.json")
+
+
 @dataclass(frozen=True)
 class Transcript:
     """A transcript as the page shows it."""
@@ -103,7 +106,13 @@ def render_html(view: RunView) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"duration": duration, "shares": shares_of, "clock": _clock}
+    environment.filters |= {
+        "duration": duration,
+        "shares": shares_of,
+        "clock": _clock,
+        "size": _size,
+        "label": _label,
+    }
     anchors = {test.test: f"t{number}" for number, test in enumerate(view.tests, start=1)}
     lanes, span_s = lanes_of((test.first, _target(test, anchors)) for test in view.tests)
     return environment.get_template("page.html.j2").render(
@@ -120,6 +129,7 @@ def render_html(view: RunView) -> str:
         span_s=span_s,
         tallies=tallies_of(view.run.path),
         documents=requirement_documents(),
+        files=[name for name in _FILES if (view.run.path / name).is_file()],
         css=_part("page.css"),
         script=_part("page.js"),
     )
@@ -140,6 +150,29 @@ def _target(test: TestView, anchors: dict[str, str]) -> str:
 def _clock(stamp: str) -> str:
     """An ISO time as people write it."""
     return stamp[:19].replace("T", " ") + " UTC" if stamp else ""
+
+
+def _size(number: int) -> str:
+    """A number of bytes for people."""
+    value = float(number)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+_LABELS = {
+    "cpus": "CPUs of a host",
+    "memory_mb": "Memory of a host, MiB",
+    "guest_qemu": "QEMU in the host",
+    "machine": "Machine",
+}
+
+
+def _label(name: str) -> str:
+    """The name of a fact, for people."""
+    return _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
 def _sequence(view: RunView, test: TestView, anchor: str) -> Sequence:
