@@ -43,10 +43,10 @@ def render(run_dir: Path, formats: Sequence[str] = FORMATS) -> RunView:
         )
     view = view_of(load_run(run_dir))
     try:
-        if "html" in formats:
-            write_html(view, view.run.path / "report.html")
         if "junit" in formats:
             write_junit(view, view.run.path / "junit.xml")
+        if "html" in formats:
+            write_html(view, view.run.path / "report.html")
     except OSError as error:
         raise InfraError(
             f"the report cannot be written to {view.run.path}: {error.strerror}",
