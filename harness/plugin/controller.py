@@ -156,17 +156,17 @@ class Controller:
             f"{when}: {text}" for when, text in told if text != reason and text
         ]
         for clause in clauses_or_none(last["clauses"]):
-            skipped = last["skips"].get(clause) if outcome is Outcome.PASS else None
+            verdict, why = _clause_verdict(clause, outcome, reason, last)
             self._write(
                 Verdict(
                     clause=clause,
-                    verdict=Outcome.SKIP if skipped else outcome,
+                    verdict=verdict,
                     test=test,
                     target=self._target(),
                     series=self._series(),
                     duration_s=last["duration_s"],
-                    reason=skipped or reason,
-                    phase="call" if skipped else phase,
+                    reason=why,
+                    phase=phase if verdict is outcome else "",
                     seen=last["seen"].get(clause, ""),
                     notes=notes,
                     description=last["description"],
@@ -266,6 +266,24 @@ class Controller:
         totals = count(v.verdict for v in self._verdicts)
         text = ", ".join(f"{number} {outcome}" for outcome, number in totals.items() if number)
         terminalreporter.write_line(f"kvmi: {text} -> {self._session.run_dir}")
+
+
+def _clause_verdict(
+    clause: str | None, outcome: Outcome, reason: str, last: dict[str, Any]
+) -> tuple[Outcome, str]:
+    """One clause's verdict and reason, from its test's.
+
+    They differ when the test skipped this clause, and when it failed in a step of a sequence
+    that says which clauses it checks: those of earlier steps held, later ones were not met.
+    """
+    if outcome is Outcome.PASS:
+        skipped = last["skips"].get(clause)
+        return (Outcome.SKIP, skipped) if skipped else (outcome, "")
+    if not outcome.bad or not last["blamed"] or clause in last["blamed"]:
+        return outcome, reason
+    if clause in last["held"]:
+        return Outcome.PASS, ""
+    return Outcome.MISS, f"the sequence ended before it, in: {last['failed_step']}: {reason}"
 
 
 def _series(settings: Settings) -> str:

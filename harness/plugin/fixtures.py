@@ -144,11 +144,16 @@ def counters(request: pytest.FixtureRequest) -> SlotWriter:
 
 @pytest.fixture
 def timeline(request: pytest.FixtureRequest) -> Timeline:
-    """Brackets the steps of a sequence: ``with timeline.step("hook"): ...``."""
+    """Brackets the steps of a sequence: ``with timeline.step("hook", clauses=[...]): ...``."""
     from harness.plugin.timeline import Timeline
 
     state = current(request.node)
-    return Timeline(state.evidence / "timeline.jsonl", on_step=_worker(request).phase)
+    state.timeline = Timeline(
+        state.evidence / "timeline.jsonl",
+        clauses=state.facts.clauses,
+        on_step=_worker(request).phase,
+    )
+    return state.timeline
 
 
 class ClauseNotes:

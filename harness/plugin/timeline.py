@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+
+from harness.errors import UsageError
 
 __all__ = ["Step", "Timeline", "load_timeline"]
 
@@ -35,10 +37,25 @@ class Timeline:
 
     Steps may be nested. One thread writes; the file appears with the first step.
 
+    A step may name the clauses that it checks. When the test fails in a step, these are the
+    ones to blame (:attr:`blamed`); those of steps that came to a good end held
+    (:attr:`held`), whatever happens later; what was not reached was not checked.
+
+    :param clauses: the clauses that steps may name: those of the test.
     :param on_step: told the step's name as it begins (the live view shows it).
     """
 
-    def __init__(self, path: Path, *, on_step: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clauses: Collection[str] = (),
+        on_step: Callable[[str], None] | None = None,
+    ) -> None:
+        self._clauses = frozenset(clauses)
+        self.held: set[str] = set()
+        self.blamed: tuple[str, ...] = ()
+        self.failed_step = ""
         self._path = path
         self._on_step = on_step
         self._zero: float | None = None
@@ -46,8 +63,16 @@ class Timeline:
         self._open: list[str] = []
 
     @contextlib.contextmanager
-    def step(self, name: str, *, detail: str = "") -> Iterator[None]:
-        """Bracket one step of the sequence; an exception marks it failed and goes on up."""
+    def step(self, name: str, *, clauses: Sequence[str] = (), detail: str = "") -> Iterator[None]:
+        """Bracket one step of the sequence; an exception marks it failed and goes on up.
+
+        :param clauses: what the step checks, of the clauses that the test names.
+        :param detail: shown below the step when it came to a good end.
+        :raises UsageError: a clause that the test does not name.
+        """
+        if not self._clauses.issuperset(clauses):
+            unknown = ", ".join(sorted(set(clauses) - self._clauses))
+            raise UsageError(f"step {name!r}: the test's marker does not name {unknown}")
         self._count += 1
         number = self._count
         depth = len(self._open)
@@ -57,9 +82,12 @@ class Timeline:
         try:
             yield
         except BaseException as error:
+            if clauses and not self.blamed:
+                self.blamed, self.failed_step = tuple(clauses), name
             words = str(error).splitlines() or [type(error).__name__]
             self._end(number, name, "failed", depth, words[0])
             raise
+        self.held.update(clauses)
         self._end(number, name, "ok", depth, detail)
 
     def mark(self, name: str, *, detail: str = "") -> None:

@@ -33,6 +33,7 @@ from harness.report.model import Outcome
 if TYPE_CHECKING:
     from harness.plugin.beat import Beat
     from harness.plugin.pool import Lease
+    from harness.plugin.timeline import Timeline
 
 __all__ = ["TestState", "Worker", "current"]
 
@@ -61,6 +62,7 @@ class TestState:
     threads: frozenset[threading.Thread] = frozenset()
     run_dir: Path = Path()
     counts: dict[str, int] = field(default_factory=dict)
+    timeline: Timeline | None = None
 
     def save(self, name: str, text: str) -> None:
         """Save a piece of evidence as text; nothing is made of nothing."""
@@ -219,6 +221,9 @@ class Worker:
                 "notes": state.notes,
                 "seen": state.seen,
                 "skips": state.skips,
+                "held": sorted(state.timeline.held) if state.timeline else [],
+                "blamed": list(state.timeline.blamed) if state.timeline else [],
+                "failed_step": state.timeline.failed_step if state.timeline else "",
                 "counts": {
                     name: number - state.counts.get(name, 0)
                     for name, number in self.beat().counts().items()

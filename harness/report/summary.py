@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +11,7 @@ from rich.text import Text
 from harness.report.model import Outcome
 from harness.report.view import RunView, TestView
 
-__all__ = ["STYLES", "print_summary", "render_summary"]
+__all__ = ["STYLES", "print_summary", "summary_of"]
 
 STYLES = {
     Outcome.PASS: "green",
@@ -27,21 +26,27 @@ SHOWN = 20
 
 
 def print_summary(view: RunView, console: Console | None = None) -> None:
-    """Print the summary; colours only where the console has them."""
-    (console or Console(highlight=False)).print(render_summary(view))
+    """Print the summary; colours only where the console has them.
+
+    Lines of text are not broken: commands and paths in them are there to be copied.
+    """
+    console = console or Console(highlight=False)
+    for part in summary_of(view):
+        console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def render_summary(view: RunView) -> RenderableType:
-    """The summary as something that rich can print."""
+def summary_of(view: RunView) -> list[RenderableType]:
+    """The summary as things that rich can print, one below the other."""
     parts: list[RenderableType] = [Text(), _groups(view)]
     bad = view.bad_tests
     if bad:
         parts += [Text(), Rule("What went wrong", align="left", style="dim")]
-        parts += [_bad(view, test) for test in bad[:SHOWN]]
+        for test in bad[:SHOWN]:
+            parts += _bad(view, test)
         if len(bad) > SHOWN:
             parts.append(Text(f"... and {len(bad) - SHOWN} more tests; the report has all of them"))
     parts += [Text(), *_closing(view)]
-    return Group(*parts)
+    return parts
 
 
 def _groups(view: RunView) -> Table:
@@ -64,19 +69,21 @@ def _number(outcome: Outcome, number: int) -> Text:
     return Text(str(number), STYLES[outcome]) if number else Text("·", "dim")
 
 
-def _bad(view: RunView, test: TestView) -> RenderableType:
+def _bad(view: RunView, test: TestView) -> list[RenderableType]:
     verdict = test.first
-    head = Text.assemble(
-        (f"{test.verdict:<5} ", STYLES[test.verdict]), (" ".join(test.clauses) or "-", "bold")
-    )
-    lines = Text.assemble(
-        test.test, "\n", verdict.reason, "\n", (f"again: {view.rerun([test.test])}", "dim")
-    )
-    shown = [name for name in ("transcript", "kernel_log", "failure") if name in verdict.evidence]
-    if shown:
-        paths = "  ".join(verdict.evidence[name] for name in shown)
-        lines.append(f"\nevidence: {paths}", "dim")
-    return Group(head, Padding(lines, (0, 0, 0, 6)))
+    lines = [
+        Text.assemble(
+            (f"{test.verdict:<5} ", STYLES[test.verdict]), (" ".join(test.blamed) or "-", "bold")
+        ),
+        Text(f"      {test.test}"),
+        Text(f"      {verdict.reason}"),
+        Text(f"      again: {view.rerun([test.test])}", "dim"),
+    ]
+    folders = {path.rpartition("/")[0] for path in verdict.evidence.values()}
+    folder = next((path for path in sorted(folders) if path.startswith("evidence/")), None)
+    if folder:
+        lines.append(Text(f"      evidence: {view.path(folder)}", "dim"))
+    return [*lines]
 
 
 def _closing(view: RunView) -> list[RenderableType]:

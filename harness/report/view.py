@@ -81,6 +81,11 @@ class TestView:
         return [v.clause for v in self.verdicts if v.clause]
 
     @property
+    def blamed(self) -> list[str]:
+        """Of these, the ones that share the test's worst verdict."""
+        return [v.clause for v in self.verdicts if v.clause and v.verdict is self.verdict]
+
+    @property
     def name(self) -> str:
         """The test's own name, without its file."""
         return self.test.rpartition("::")[2]

@@ -256,6 +256,29 @@ def test_timeline(suite: Suite) -> None:
     ]
 
 
+def test_a_failing_step_is_to_blame(suite: Suite) -> None:
+    """Clauses of steps that came to a good end held; those not reached are MISS."""
+    suite.run(
+        """
+        @pytest.mark.clause("HOOK-OK", "HOOK-ABI", "UNHOOK-ABI", "UNHOOK-FREES")
+        def test_steps(timeline):
+            with timeline.step("hook", clauses=["HOOK-OK"]): pass
+            with timeline.step("migrate", clauses=["HOOK-ABI"]):
+                with timeline.step("wait"):
+                    assert False, "no migration"
+            with timeline.step("unhook", clauses=["UNHOOK-ABI", "UNHOOK-FREES"]): pass
+        """
+    )
+    found = {r["clause"]: r for r in suite.records()}
+    assert {clause: r["verdict"] for clause, r in found.items()} == {
+        "HOOK-OK": "PASS",
+        "HOOK-ABI": "FAIL",
+        "UNHOOK-ABI": "MISS",
+        "UNHOOK-FREES": "MISS",
+    }
+    assert "in: migrate: no migration" in found["UNHOOK-ABI"]["reason"]
+
+
 def test_inert_for_plain_tests(pytester: pytest.Pytester) -> None:
     """A suite without clauses sees nothing of the plugin."""
     pytester.makepyfile("def test_plain(): pass")
