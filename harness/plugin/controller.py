@@ -22,7 +22,7 @@ from harness.errors import HarnessError
 from harness.plugin.collect import USAGE
 from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
-from harness.plugin.processes import die_with_parent
+from harness.plugin.processes import die_with_parent, parent_of
 from harness.report.model import (
     End,
     Outcome,
@@ -303,11 +303,6 @@ class Nodes:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._slots: dict[str, int] = {}
-        self._nodes: dict[str, Any] = {}
-
-    def pytest_testnodeready(self, node: Any) -> None:
-        """A worker lives."""
-        self._nodes[node.gateway.id] = node
 
     def pytest_keyboard_interrupt(self) -> None:
         """End the workers in the middle of what they do.
@@ -315,10 +310,15 @@ class Nodes:
         pytest-xdist would ask them to end and give them ten seconds to hear it. Their hosts
         end with them; what they wrote of their evidence stays readable.
         """
-        for node in self._nodes.values():
-            if node.gateway.spec.popen:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(node.workerinfo["pid"], signal.SIGTERM)
+        from harness.counters import attach
+        from harness.plugin.beat import COUNTERS
+
+        with contextlib.suppress(HarnessError), attach(self._session.run_dir / COUNTERS) as shared:
+            for slot in self._slots.values():
+                pid = shared.read_slot(slot).pid
+                # A process with this id that is no child of ours is not the worker any more.
+                if pid and parent_of(pid) == os.getpid():
+                    os.kill(pid, signal.SIGTERM)
 
     def pytest_configure_node(self, node: Any) -> None:
         """Tell each worker where the run's directory is, and which slot it counts in.
@@ -336,4 +336,3 @@ class Nodes:
     def pytest_testnodedown(self, node: Any) -> None:
         """Its slot is free."""
         self._slots.pop(node.gateway.id, None)
-        self._nodes.pop(node.gateway.id, None)

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["adopted_orphans", "die_with_parent"]
+__all__ = ["adopted_orphans", "die_with_parent", "parent_of"]
 
 # include/uapi/linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -36,6 +36,15 @@ def die_with_parent(parent_pid: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parent_of(pid: int) -> int | None:
+    """A process's parent; None when there is no such process."""
+    try:
+        # After the command's name, which ends with the last parenthesis: state, parent.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 @contextlib.contextmanager

@@ -116,7 +116,12 @@ class Worker:
         if self._beat is not None:
             self._beat.close()
         if self._stacks is not None:
+            path = Path(self._stacks.name)
             self._stacks.close()
+            if path.stat().st_size == 0:
+                path.unlink()
+                with contextlib.suppress(OSError):  # another worker's may be there
+                    path.parent.rmdir()
 
     def beat(self) -> Beat:
         """This process's sign of life, started at first use."""

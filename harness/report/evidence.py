@@ -47,7 +47,7 @@ def kind_of(path: Path) -> str:
         return "timeline"
     if path.name.startswith("transcript") and path.suffix in (".jsonl", ".raw"):
         return "messages"
-    if path.suffix in (".txt", ".log"):
+    if path.suffix in (".txt", ".log") or path.name.startswith("qmp"):
         return "text"
     return "file"
 

@@ -197,7 +197,8 @@ def _problem(view: RunView, test: TestView, anchor: str) -> Problem:
         match kind_of(path):
             case "messages":
                 messages, left_out = messages_of(path)
-                transcripts.append(Transcript(name, relative, messages, left_out))
+                if messages:
+                    transcripts.append(Transcript(name, relative, messages, left_out))
             case "text":
                 excerpt = text_of(path)
                 if excerpt.text.strip():
@@ -217,10 +218,25 @@ _TITLES = {
     "kernel_log": "Kernel log of the host during this test",
     "failure": "Where it failed",
     "failure_teardown": "What tear-down found",
+    "host_emulator": "Output of the host's emulator",
     "host_console": "Console of the host, since it was started",
     "stacks": "Where the worker was stuck",
 }
 
 
+_KINDS = {
+    "argv_": "Command line of QEMU: ",
+    "console_": "Console: ",
+    "qemu_": "Output of QEMU: ",
+    "qmp_": "QMP: ",
+}
+
+
 def _title(name: str) -> str:
-    return _TITLES.get(name, name.replace("_", " ").replace("/", ": ").capitalize())
+    """What a text of the evidence is, by its name."""
+    if name in _TITLES:
+        return _TITLES[name]
+    for prefix, words in _KINDS.items():
+        if name.startswith(prefix):
+            return words + name.removeprefix(prefix).replace("_", " ")
+    return name.replace("_", " ").replace("/", ": ").capitalize()
