@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from harness.build.run import output_of, run_logged
 from harness.build.series import Series, load_series
 from harness.build.sources import Source, linux_source, unpack
 from harness.build.tree import SourceTree
+from harness.errors import UsageError
 from harness.settings import Settings
 
-__all__ = ["KernelBuild", "build_kernel", "half_written_removed"]
+__all__ = ["KernelBuild", "build_kernel", "half_written_removed", "resolve_options"]
 
 _TIMEOUT_S = 4 * 3600
+_CONFIGURE_TIMEOUT_S = 600
 _SPACE_FIRST_MB = 3000
 _SPACE_AGAIN_MB = 300
 # Lines that make prints for the base configuration from nothing, to show how far it is.
@@ -179,6 +181,35 @@ def _make(
         shutil.copyfile(build / "arch/x86/boot/bzImage", into / "bzImage")
         shutil.copyfile(current, into / "config")
         (into / "build.json").write_text(json.dumps({"release": release}) + "\n")
+
+
+def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> str:
+    """What a configuration with just these lines becomes: all else has its default.
+
+    :param lines: as in a fragment, ``CONFIG_KVM=y``.
+    :param into: the file for it; its directory exists.
+    :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
+    """
+    series = load_series(settings.kernel_series)
+    source = linux_source(settings)
+    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
+    build = place / f"build-{settings.flavour}"
+    if not build.is_dir():
+        raise UsageError(f"{place} has no build directory", hint="`inv build.kernel` makes it")
+    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+    into.write_text("\n".join(lines) + "\n")
+    with tree.locked() as lock:
+        tree.switch(series)
+        run_logged(
+            ["make", f"O={build}", f"KCONFIG_CONFIG={into}", "olddefconfig"],
+            cwd=tree.src,
+            log=settings.cache / "logs" / "kconfig.log",
+            timeout_s=_CONFIGURE_TIMEOUT_S,
+            env=_environment(),
+            what="kernel configuration",
+            hold=[lock],
+        )
+    return into.read_text()
 
 
 def _environment() -> dict[str, str]:

@@ -333,6 +333,10 @@ class Agent:
         """Write text to a file of the host (a module parameter, say)."""
         Path(request["path"]).write_text(request["text"])
 
+    def op_mode(self, request: Request) -> str:
+        """Tell a file's permission bits in octal."""
+        return f"{Path(request['path']).stat().st_mode & 0o7777:o}"
+
     def op_list(self, request: Request) -> list[str]:
         """List a directory of the host; a missing one is empty."""
         path = Path(request["path"])
@@ -341,13 +345,15 @@ class Agent:
     def op_threads(self, request: Request) -> list[str]:
         """Name the processes and kernel threads whose name starts with ``prefix``."""
         found = []
-        for comm in Path("/proc").glob("[0-9]*/comm"):
+        for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                name = comm.read_text().strip()
+                text = stat.read_text()
             except OSError:  # it ended while we looked
                 continue
-            if name.startswith(request["prefix"]):
-                found.append(f"{comm.parent.name} {name}")
+            head, _, rest = text.rpartition(") ")  # the name may hold parentheses itself
+            name, ended = head.partition("(")[2], rest[0] in "ZX"
+            if name.startswith(request["prefix"]) and not ended:
+                found.append(f"{stat.parent.name} {name}")
         return found
 
     # -- virtual machines
@@ -486,8 +492,14 @@ class Agent:
 
     def op_socketpair(self, request: Request) -> list[int]:
         """Make a pair of local sockets ``NAME`` and ``NAME.peer`` (the tool's end)."""
-        kinds = {"stream": socket.SOCK_STREAM, "dgram": socket.SOCK_DGRAM}
-        ours, peer = socket.socketpair(socket.AF_UNIX, kinds[request.get("kind", "stream")])
+        if request.get("kind") == "tcp":
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                ours = socket.create_connection(server.getsockname())
+                peer = server.accept()[0]
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            kinds = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}
+            ours, peer = socket.socketpair(socket.AF_UNIX, kinds[request.get("kind", "stream")])
         name = request["name"]
         return [self._keep(name, ours.detach()), self._keep(name + ".peer", peer.detach())]
 
@@ -547,6 +559,30 @@ class Agent:
                 return {"hex": data.hex(), "end": True}
             data += part
         return {"hex": data.hex(), "end": False}
+
+    def op_capture(self, request: Request) -> Request:
+        """Run requests; answer them, and what the TCP socket ``name`` put on the wire meanwhile.
+
+        The socket's other end is in this host. Each entry of ``sent`` is one segment's data.
+        """
+        ours = socket.socket(fileno=os.dup(self._fd(request["name"])))
+        port = ours.getsockname()[1]
+        ours.close()
+        everything = 0x0300  # ETH_P_ALL in network order
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, everything) as wire:
+            wire.bind(("lo", 3))
+            wire.setblocking(False)
+            answers = [self.perform(item) for item in request["requests"]]
+            sent = []
+            while select.select([wire], [], [], 0.05)[0]:
+                packet, address = wire.recvfrom(65536)
+                header = (packet[0] & 15) * 4
+                source = int.from_bytes(packet[header : header + 2], "big")
+                data = packet[header + (packet[header + 12] >> 4) * 4 :]
+                outgoing = address[2] == socket.PACKET_OUTGOING
+                if outgoing and packet[9] == socket.IPPROTO_TCP and source == port and data:
+                    sent.append(data.hex())
+        return {"answers": answers, "sent": sent}
 
     # -- many at once
 

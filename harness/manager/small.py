@@ -3,12 +3,14 @@
 
 It makes virtual machines of a few pages in a host, lets their vCPUs run, reads and
 writes their memory as a device manager can, and issues the introspection ioctls, right
-and wrong ones. What the kernel answers is returned, not raised: an errno is a result.
+and wrong ones. What the kernel answers is returned, not raised: the result of an ioctl
+is the name of its errno (``"EINVAL"``), or ``"OK"``.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import itertools
 import socket
 import struct
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.abi import Codec
-from harness.errors import ConformanceError, DeadlineError, SilenceError
+from harness.errors import ConformanceError, DeadlineError, InfraError, SilenceError
 from harness.manager.link import AgentLink
 from harness.manager.payloads import (
     MAILBOX_WORDS,
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Exit", "Slot", "SmallManager", "SmallVm"]
 
 KVM_CHECK_EXTENSION = 0xAE03
+KVM_GET_REGS = 0x8090AE81
+KVM_GET_SREGS = 0x8138AE83
+KVM_SET_MSRS = 0x4008AE89
+KVM_SET_GUEST_DEBUG = 0x4048AE9B
 KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_MEM_READONLY = 2
 PARAMETER = "/sys/module/kvm/parameters/"
@@ -92,6 +98,11 @@ class SmallManager:
         self.pid: int = hello["pid"]
         self.vendor: str = hello["vendor"]
 
+    @property
+    def alive(self) -> bool:
+        """Whether the agent still runs."""
+        return self.link.alive
+
     # -- the host
 
     def read_file(self, path: str) -> str:
@@ -142,10 +153,9 @@ class SmallManager:
         fds = self.link.call("socketpair", name=name, kind=kind)
         return name, fds[0]
 
-    def shutdown(self, name: str) -> int:
-        """Shut a socket down in both directions, as a device manager does; an errno or 0."""
-        errno: int = self.link.call("shutdown", name=name)
-        return errno
+    def shutdown(self, name: str) -> str:
+        """Shut a socket down in both directions, as a device manager does; as for ioctls."""
+        return errno_name(self.link.call("shutdown", name=name))
 
     def close_fd(self, name: str) -> None:
         """Close the agent's own descriptor."""
@@ -373,13 +383,48 @@ class SmallVm:
 
     def vcpu_ioctl(
         self, request: int, data: bytes = b"", *, vcpu: int = 0, out: bool = False
-    ) -> tuple[int, bytes]:
-        """Issue an ordinary KVM ioctl on a vCPU that does not run: (errno, argument after)."""
+    ) -> tuple[str, bytes]:
+        """Issue an ordinary KVM ioctl on a vCPU that does not run: (result, argument after)."""
         answer = self.manager.link.call(
             "ioctl", on=f"vcpu:{self.name}:{vcpu}", request=request,
             arg={"hex": data.hex()} if data else {}, out=out,
         )  # fmt: skip
-        return answer["errno"], bytes.fromhex(answer["out"] or "")
+        return errno_name(answer["errno"]), bytes.fromhex(answer["out"] or "")
+
+    def guest_debug(self, *, breakpoints: bool, vcpu: int = 0) -> str:
+        """KVM_SET_GUEST_DEBUG: claim or give up breakpoints for user space."""
+        control = 0x1_0001 if breakpoints else 0  # KVM_GUESTDBG_ENABLE, _USE_SW_BP
+        result, _ = self.vcpu_ioctl(
+            KVM_SET_GUEST_DEBUG, struct.pack("<II64x", control, 0), vcpu=vcpu
+        )
+        return result
+
+    def registers(self, *, vcpu: int = 0) -> bytes:
+        """KVM_GET_REGS of a vCPU that does not run: struct kvm_regs."""
+        return self._get(KVM_GET_REGS, bytes(144), vcpu)
+
+    def special_registers(self, *, vcpu: int = 0) -> bytes:
+        """KVM_GET_SREGS of a vCPU that does not run: struct kvm_sregs."""
+        return self._get(KVM_GET_SREGS, bytes(312), vcpu)
+
+    def set_msrs(self, values: Mapping[int, int], *, vcpu: int = 0) -> None:
+        """KVM_SET_MSRS on a vCPU that does not run.
+
+        :raises InfraError: KVM refuses one of them.
+        """
+        data = struct.pack("<II", len(values), 0)
+        data += b"".join(struct.pack("<IIQ", msr, 0, value) for msr, value in values.items())
+        answer = self.manager.link.call(
+            "ioctl", on=f"vcpu:{self.name}:{vcpu}", request=KVM_SET_MSRS, arg={"hex": data.hex()}
+        )
+        if answer["ret"] != len(values):
+            raise InfraError(f"KVM_SET_MSRS took {answer['ret']} of {len(values)} MSRs")
+
+    def _get(self, request: int, room: bytes, vcpu: int) -> bytes:
+        result, data = self.vcpu_ioctl(request, room, vcpu=vcpu, out=True)
+        if result != "OK":
+            raise InfraError(f"vCPU ioctl {request:#x} answered {result}")
+        return data
 
     def ioctl(
         self,
@@ -389,8 +434,8 @@ class SmallVm:
         bad: str | None = None,
         timeout_s: float = IOCTL_TIMEOUT_S,
         **fields: Any,
-    ) -> int:
-        """Issue an introspection ioctl on the VM; answer its errno, 0 for success.
+    ) -> str:
+        """Issue an introspection ioctl on the VM; answer the errno's name, OK for success.
 
         :param raw: the argument's bytes instead of the fields.
         :param bad: pass an address that cannot be read: ``null``, ``unmapped`` or
@@ -412,8 +457,8 @@ class SmallVm:
         *,
         what: str,
         timeout_s: float = IOCTL_TIMEOUT_S,
-    ) -> int:
-        """Issue any ioctl on the VM's descriptor by number; answer its errno, 0 for success."""
+    ) -> str:
+        """Issue any ioctl on the VM's descriptor by number; answer the errno's name or OK."""
         link = self.manager.link
         number = link.send("ioctl", on=f"vm:{self.name}", request=request, arg=arg)
         try:
@@ -422,32 +467,36 @@ class SmallVm:
             raise SilenceError(f"ioctl {what} did not return in {timeout_s:g} s") from error
         if answer["ret"] not in (0, -1):
             raise ConformanceError(f"ioctl {what} returned {answer['ret']}, expected 0 or -1")
-        errno: int = answer["errno"]
-        return errno
+        return errno_name(answer["errno"])
 
     def hook(
         self, fd: int, *, padding: int = 0, uuid: bytes = bytes(16), bad: str | None = None
-    ) -> int:
-        """HOOK with a descriptor number of the agent; an errno or 0."""
+    ) -> str:
+        """HOOK with a descriptor number of the agent; an errno's name or OK."""
         return self.ioctl("HOOK", fd=fd, padding=padding, uuid=uuid, bad=bad)
 
-    def unhook(self, *, timeout_s: float = IOCTL_TIMEOUT_S) -> int:
-        """UNHOOK; an errno or 0."""
+    def unhook(self, *, timeout_s: float = IOCTL_TIMEOUT_S) -> str:
+        """UNHOOK; an errno's name or OK."""
         return self.ioctl("UNHOOK", timeout_s=timeout_s)
 
-    def preunhook(self) -> int:
-        """PREUNHOOK; an errno or 0."""
+    def preunhook(self) -> str:
+        """PREUNHOOK; an errno's name or OK."""
         return self.ioctl("PREUNHOOK")
 
-    def command(self, which: int | str, allow: int = 1) -> int:
-        """COMMAND: allow or disallow a command by name, or by number (-1: all); an errno or 0."""
+    def command(self, which: int | str, allow: int = 1) -> str:
+        """COMMAND: allow or disallow a command by name or number (-1: all); returns as above."""
         number = which if isinstance(which, int) else self.manager.profile.command(which).id
         return self.ioctl("COMMAND", allow=allow, id=number)
 
-    def event(self, which: int | str, allow: int = 1) -> int:
-        """EVENT: allow or disallow an event by name, or by number (-1: all); an errno or 0."""
+    def event(self, which: int | str, allow: int = 1) -> str:
+        """EVENT: allow or disallow an event by name or number (-1: all); returns as above."""
         number = which if isinstance(which, int) else self.manager.profile.event(which).id
         return self.ioctl("EVENT", allow=allow, id=number)
+
+
+def errno_name(number: int) -> str:
+    """Name of an errno as results give it: ``EINVAL``, and ``OK`` for 0."""
+    return errno.errorcode.get(number, f"errno {number}") if number else "OK"
 
 
 def _exit(found: Mapping[str, Any]) -> Exit:

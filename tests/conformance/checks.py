@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks that several files of the suite use."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from harness.abi import Profile
+from harness.errors import ConformanceError, SessionClosed
+from harness.manager.small import SmallManager, SmallVm
+from harness.plugin import skip_clause
+from harness.tool import EventMessage, Session
+from harness.tool.framing import HEADER, frame, read_exactly
+
+__all__ = [
+    "ALWAYS_ALLOWED",
+    "Message",
+    "RawTool",
+    "allowed_commands",
+    "allowed_events",
+    "continues",
+    "enable",
+    "ends_dead",
+    "next_event_of",
+    "requires",
+    "silent",
+    "supported_commands",
+    "supported_events",
+]
+
+ALWAYS_ALLOWED = {"GET_VERSION", "VM_CHECK_COMMAND", "VM_CHECK_EVENT"}
+HUP_S = 5.0
+
+
+class Message(NamedTuple):
+    """One message as it came."""
+
+    id: int
+    seq: int
+    payload: bytes
+
+
+class RawTool:
+    """A tool that writes and reads bytes itself, for tests of the message layer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def send(self, id: int, payload: bytes = b"", *, seq: int, size: int | None = None) -> None:
+        """Send one message in one go."""
+        self.socket.sendall(frame(id, payload, seq, size=size))
+
+    def receive(self, *, timeout_s: float = 5.0) -> Message:
+        """Receive one message."""
+        deadline = time.monotonic() + timeout_s
+        header = read_exactly(self.socket, HEADER.size, deadline=deadline, what="message header")
+        id, size, seq = HEADER.unpack(header)
+        payload = read_exactly(self.socket, size, deadline=deadline, what="message payload")
+        return Message(id, seq, payload)
+
+    def ask(self, id: int, payload: bytes = b"", *, seq: int) -> bytes:
+        """Send a command and answer the payload of the next message, which must reply to it."""
+        self.send(id, payload, seq=seq)
+        reply = self.receive()
+        if (reply.id, reply.seq) != (id, seq):
+            raise ConformanceError(
+                f"expected a reply with id {id} and seq {seq}, got id {reply.id} seq {reply.seq}"
+            )
+        return reply.payload
+
+    def ended(self, *, timeout_s: float = 5.0) -> None:
+        """Check that the kernel closed the socket without another byte."""
+        try:
+            data = read_exactly(
+                self.socket, 1, deadline=time.monotonic() + timeout_s, what="end of stream"
+            )
+        except SessionClosed:
+            return
+        raise ConformanceError(f"expected the end of the stream, got the byte {data.hex()}")
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+    def reset_connection(self) -> None:
+        """Close the socket so that the peer sees an error, not an orderly end (TCP)."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+def continues(session: Session) -> None:
+    """Check that the session still works, by a command that must always succeed."""
+    session.command("GET_VERSION").ok()
+
+
+def silent(session: Session, *, vcpus: Iterable[int] = ()) -> None:
+    """Check that no event is on its way.
+
+    Not by waiting: everything the kernel had to send before it answered GET_VERSION, or a
+    command that a vCPU handles itself, is in the stream before that answer.
+    """
+    for vcpu in vcpus:
+        session.command("VCPU_GET_INFO", vcpu=vcpu).ok()
+    continues(session)
+    session.no_event(within_s=0)
+
+
+def supported_commands(session: Session, profile: Profile) -> set[str]:
+    """Names of the commands that this kernel has."""
+    return {
+        name
+        for name in profile.commands
+        if session.command("VM_CHECK_COMMAND", id=name).error != "KVM_ENOENT"
+    }
+
+
+def allowed_commands(session: Session, profile: Profile) -> set[str]:
+    """Names of the commands that VM_CHECK_COMMAND calls usable now."""
+    return {
+        name for name in profile.commands if session.command("VM_CHECK_COMMAND", id=name).err == 0
+    }
+
+
+def supported_events(session: Session, profile: Profile) -> set[str]:
+    """Names of the events that this kernel has."""
+    return {
+        name
+        for name in profile.events
+        if session.command("VM_CHECK_EVENT", id=name).error != "KVM_ENOENT"
+    }
+
+
+def allowed_events(session: Session, profile: Profile) -> set[str]:
+    """Names of the events that VM_CHECK_EVENT calls usable now."""
+    return {name for name in profile.events if session.command("VM_CHECK_EVENT", id=name).err == 0}
+
+
+def requires(session: Session, *, command: str = "", event: str = "") -> None:
+    """Skip the test's clauses if the kernel says that it lacks that command or event."""
+    if command and session.command("VM_CHECK_COMMAND", id=command).error == "KVM_ENOENT":
+        skip_clause(f"this kernel has no {command} (VM_CHECK_COMMAND answers KVM_ENOENT)")
+    if event and session.command("VM_CHECK_EVENT", id=event).error == "KVM_ENOENT":
+        skip_clause(f"this kernel has no {event} event (VM_CHECK_EVENT answers KVM_ENOENT)")
+
+
+def enable(session: Session, event: str, *, vcpu: int = 0, on: bool = True) -> None:
+    """Enable or disable a vCPU event, which has to succeed."""
+    session.command("VCPU_CONTROL_EVENTS", vcpu=vcpu, event_id=event, enable=int(on)).ok()
+
+
+def next_event_of(session: Session, kind: str, *, vcpu: int = 0) -> EventMessage:
+    """Wait for the next event, which has to be of that kind and from that vCPU."""
+    event = session.next_event(timeout_s=5)
+    if event.name != kind or event.vcpu != vcpu:
+        raise ConformanceError(
+            f"expected a {kind} event of vCPU {vcpu}, got {event.name} of vCPU {event.vcpu}"
+        )
+    return event
+
+
+def ends_dead(manager: SmallManager, vm: SmallVm) -> None:
+    """Check that the device manager sees the end of a session on its socket."""
+    if "HUP" not in manager.poll(vm.socket, "HUP", within_s=HUP_S):
+        raise ConformanceError(f"the hooked socket shows no hang-up after {HUP_S:g} s")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Capability and module parameter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Lab
+
+from harness.abi import Profile
+from harness.build.kernel import resolve_options
+from harness.errors import UsageError
+from harness.hosts import Target
+from harness.manager.small import KVM_CHECK_EXTENSION, PARAMETER, SmallManager, SmallVm
+from harness.plugin import skip_clause
+from harness.settings import Settings
+
+CAPABILITIES = range(1100)
+OPTION = "CONFIG_KVM_INTROSPECTION"
+
+
+def _answers(manager: SmallManager) -> dict[int, int]:
+    """What KVM_CHECK_EXTENSION says to every number in use."""
+    requests = [
+        {"op": "ioctl", "on": "kvm", "request": KVM_CHECK_EXTENSION, "arg": {"value": number}}
+        for number in CAPABILITIES
+    ]
+    answers = manager.link.call("batch", requests=requests, timeout_s=30)
+    return {number: answer["ret"] for number, answer in zip(CAPABILITIES, answers, strict=True)}
+
+
+@pytest.mark.clause("CAP-VERSION")
+def test_version(manager: SmallManager, vm: SmallVm, profile: Profile) -> None:
+    """The capability answers the API version, on /dev/kvm and on a VM alike."""
+    assert manager.capability(profile.capability) == profile.version
+    assert manager.capability(profile.capability, on=f"vm:{vm.name}") == profile.version
+
+
+@pytest.mark.clause("CAP-DISABLED-ZERO")
+def test_disabled(lab: Lab, vm: SmallVm, profile: Profile) -> None:
+    """The capability answers 0 while kvm.introspection is off, and the version again after."""
+    with lab.introspection_off():
+        assert lab.manager.capability(profile.capability) == 0
+        assert lab.manager.capability(profile.capability, on=f"vm:{vm.name}") == 0
+    assert lab.manager.capability(profile.capability) == profile.version
+
+
+@pytest.mark.clause("CAP-NUMBER")
+def test_number(lab: Lab, profile: Profile) -> None:
+    """Of all capability numbers just the profile's one depends on kvm.introspection."""
+    on = _answers(lab.manager)
+    with lab.introspection_off():
+        off = _answers(lab.manager)
+    assert {number for number in CAPABILITIES if on[number] != off[number]} == {profile.capability}
+
+
+@pytest.mark.clause("MODPARAM-RUNTIME")
+def test_parameter_is_writable(lab: Lab, profile: Profile) -> None:
+    """kvm.introspection is a bool of mode 0644 whose value shows what was written."""
+    path = PARAMETER + profile.module_parameter
+    assert lab.manager.link.call("mode", path=path) == "644"
+    assert lab.manager.read_file(path).strip() == "Y"
+    with lab.introspection_off():
+        assert lab.manager.read_file(path).strip() == "N"
+        assert lab.manager.capability(profile.capability) == 0
+    assert lab.manager.read_file(path).strip() == "Y"
+    assert lab.manager.capability(profile.capability) == profile.version
+
+
+@pytest.mark.clause("MODPARAM-DEFAULT-OFF")
+def test_parameter_is_off_by_default(
+    target: Target, profile: Profile, settings: Settings, evidence: Path
+) -> None:
+    """A host that boots without kvm.introspection on its command line has it off."""
+    option = f"kvm.{profile.module_parameter}=1"
+    with target.start(
+        name="default-off", evidence=evidence / "host", without_options=(option,)
+    ) as host:
+        manager = SmallManager(host, profile=profile, cache=settings.cache)
+        try:
+            assert manager.read_file(PARAMETER + profile.module_parameter).strip() == "N"
+            assert manager.capability(profile.capability) == 0
+            vm = manager.create_vm()
+            assert vm.hook(-1) == "EPERM"
+            assert vm.unhook() == "EPERM"
+            assert vm.preunhook() == "EPERM"
+        finally:
+            manager.close()
+
+
+@pytest.mark.clause("KCONFIG-DEFAULT-N")
+def test_option_is_off_by_default(settings: Settings, tmp_path: Path) -> None:
+    """The kernel option is off unless asked for; without Intel or AMD KVM it is not there."""
+    base = ["CONFIG_64BIT=y", "CONFIG_VIRTUALIZATION=y", "CONFIG_KVM=y"]
+    try:
+        config = resolve_options(settings, [*base, "CONFIG_KVM_AMD=y"], into=tmp_path / "default")
+    except UsageError as error:
+        skip_clause(f"the kernel's source is not at hand: {error}")
+    assert "CONFIG_KVM_AMD=y" in config
+    assert f"# {OPTION} is not set" in config
+    for backend in ("CONFIG_KVM_AMD", "CONFIG_KVM_INTEL"):
+        asked = [*base, f"{backend}=y", f"{OPTION}=y"]
+        assert f"{OPTION}=y" in resolve_options(settings, asked, into=tmp_path / backend)
+    asked = [*base, "CONFIG_KVM_AMD=n", "CONFIG_KVM_INTEL=n", f"{OPTION}=y"]
+    config = resolve_options(settings, asked, into=tmp_path / "none")
+    assert "CONFIG_KVM=y" in config
+    assert OPTION not in config

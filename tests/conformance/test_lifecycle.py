@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Lifecycle clauses that need no QEMU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from checks import ALWAYS_ALLOWED, continues, enable, ends_dead, next_event_of, silent
+from conftest import Lab
+
+from harness.abi import Profile
+from harness.hosts import Host
+from harness.manager.small import SmallManager, SmallVm
+from harness.settings import Settings
+from harness.tool import Listener, Session
+
+KVM_SET_REGS = 0x4090AE82
+DEBUGFS = "/sys/kernel/debug/kvm"
+GONE_S = 10.0
+
+
+def _vm_directories(manager: SmallManager) -> set[str]:
+    """KVM's debugfs directories of VMs, named PID-FD."""
+    return {name for name in manager.list_dir(DEBUGFS) if "-" in name and name[0].isdigit()}
+
+
+def _sockets(manager: SmallManager) -> int:
+    """How many sockets of all kinds exist in the host."""
+    return int(manager.read_file("/proc/net/sockstat").split()[2])
+
+
+@pytest.mark.clause("LIFE-TOOLCLOSE-HUP")
+def test_hang_up(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """When the tool closes, the device manager's poll of the socket shows a hang-up."""
+    assert lab.manager.poll(vm.socket, "HUP", "ERR", within_s=0.2) == []
+    session.close()
+    ends_dead(lab.manager, vm)
+
+
+@pytest.mark.clause("LIFE-TOOLCLOSE-HUP")
+def test_hang_up_of_local_socket(lab: Lab, vm: SmallVm) -> None:
+    """A tool that only shuts its writing side down is closed as well: the kernel shuts both."""
+    tool = lab.raw(vm)
+    tool.socket.shutdown(1)
+    tool.ended()
+    ends_dead(lab.manager, vm)
+
+
+@pytest.mark.clause("LIFE-TOOLCLOSE-RECEIVER-ENDS")
+def test_nothing_is_read_or_sent(lab: Lab, vm: SmallVm) -> None:
+    """After the end KVM neither reads commands nor sends events, though the guest causes them."""
+    tool = lab.raw(vm)
+    vm.run()
+    # Enable HYPERCALL, then end the stream in the middle of the next command.
+    assert tool.ask(5, bytes([0] * 8 + [3, 0, 1] + [0] * 5), seq=1) == bytes(8)
+    tool.socket.sendall(b"\x02\0")
+    tool.socket.shutdown(1)
+    tool.ended()
+    ends_dead(lab.manager, vm)
+    vm.wait_word("done", vm.call_out(3))
+    assert vm.preunhook() == "ENOENT"
+    tool.ended(timeout_s=1)
+
+
+@pytest.mark.clause("LIFE-TOOLCLOSE-STILLHOOKED")
+def test_still_hooked(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """After the tool closed, the VM counts as hooked until UNHOOK."""
+    session.close()
+    ends_dead(lab.manager, vm)
+    fd, sock = lab.connect(vm)
+    assert vm.hook(fd) == "EEXIST"
+    assert vm.command(-1) == "OK"
+    assert vm.event(-1) == "OK"
+    assert vm.unhook() == "OK"
+    assert vm.command(-1) == "EFAULT"
+    assert vm.hook(fd) == "OK"
+    continues(lab.session(sock))
+
+
+@pytest.mark.clause("LIFE-VMDESTROY")
+@pytest.mark.parametrize("in_event", [False, True])
+def test_vm_is_destroyed(lab: Lab, in_event: bool) -> None:
+    """Closing all descriptors of a hooked VM ends the session, and nothing of the VM is left."""
+    before = _vm_directories(lab.manager)
+    vm, session = lab.pair(vcpus=2)
+    if in_event:
+        enable(session, "HYPERCALL")
+        vm.call_out(1)
+        event = next_event_of(session, "HYPERCALL")
+        vm.kick()
+        session.answer(event)
+    for vcpu in (0, 1):
+        vm.stop(vcpu)
+    assert _vm_directories(lab.manager) != before
+    vm.close()
+    session.expect_close(timeout_s=5)
+    ends_dead(lab.manager, vm)
+    deadline = time.monotonic() + GONE_S
+    while left := _vm_directories(lab.manager) - before:
+        assert time.monotonic() < deadline, f"debugfs still shows {left}"
+
+
+@pytest.mark.clause("LIFE-VMDESTROY")
+@pytest.mark.parametrize("in_event", [False, True])
+def test_manager_is_killed(
+    lab: Lab, host: Host, profile: Profile, settings: Settings, in_event: bool
+) -> None:
+    """kill -9 of a device manager with a hooked, running VM ends the session and frees all."""
+    before = _vm_directories(lab.manager)
+    sockets = _sockets(lab.manager)
+    doomed = SmallManager(host, profile=profile, cache=settings.cache)
+    vm = doomed.create_vm(vcpus=2)
+    with Listener() as listener:
+        _, fd, sock = doomed.connect(listener)
+    assert vm.hook(fd) == "OK"
+    assert vm.command(-1) == "OK"
+    assert vm.event(-1) == "OK"
+    session = lab.session(sock)
+    vm.run()
+    vm.progresses(vcpu=1)
+    if in_event:
+        enable(session, "HYPERCALL", vcpu=1)
+        vm.call_out(1, vcpu=1)
+        next_event_of(session, "HYPERCALL", vcpu=1)
+    doomed.kill()
+    session.expect_close(timeout_s=GONE_S)
+    doomed.close()
+    deadline = time.monotonic() + GONE_S
+    while left := (
+        [line for line in lab.manager.threads("python3") if line.startswith(f"{doomed.pid} ")]
+        or _vm_directories(lab.manager) - before
+    ):
+        assert time.monotonic() < deadline, f"still there: {left}"
+    session.close()
+    while (now := _sockets(lab.manager)) > sockets:
+        assert time.monotonic() < deadline, f"{now} sockets are in use, before it were {sockets}"
+    continues(lab.hook(lab.vm()))
+
+
+@pytest.mark.clause("LIFE-RESET")
+def test_restart_of_the_guest(lab: Lab) -> None:
+    """At a guest restart the device manager unhooks, resets and hooks again: a clean start."""
+    vm, session = lab.pair(registers={"r12": 1})
+    enable(session, "HYPERCALL")
+    enable(session, "BREAKPOINT")
+    vm.progresses()
+    assert vm.unhook() == "OK"
+    session.expect_close(timeout_s=5)
+    vm.stop()
+    state = bytes.fromhex(vm.machine.state(0)["regs"])
+    assert vm.vcpu_ioctl(KVM_SET_REGS, state)[0] == "OK"
+    vm.set_word("ticks", 0)
+    vm.run()
+    again = lab.hook(vm)
+    vm.wait_word("done", vm.call_out(1))
+    vm.wait_word("done", vm.call_out(1, kind=1))
+    silent(again, vcpus=[0])
+    enable(again, "HYPERCALL")
+    vm.call_out(1)
+    again.answer(next_event_of(again, "HYPERCALL"))
+    vm.wait_word("done", 3)
+
+
+@pytest.mark.clause("LIFE-QUERY-FIRST")
+def test_queries_first(lab: Lab, vm: SmallVm, profile: Profile) -> None:
+    """Right after the hand-over the tool can ask version and permissions, and only that."""
+    session = lab.hook(vm, allow=False)
+    assert session.command("GET_VERSION").ok().fields.version == profile.version
+    answers = {
+        name: session.command("VM_CHECK_COMMAND", id=name).error for name in profile.commands
+    }
+    assert {name for name, error in answers.items() if error is None} == ALWAYS_ALLOWED
+    assert set(answers.values()) <= {None, "KVM_EPERM", "KVM_ENOENT"}
+    events = {name: session.command("VM_CHECK_EVENT", id=name).error for name in profile.events}
+    assert set(events.values()) <= {"KVM_EPERM", "KVM_ENOENT"}

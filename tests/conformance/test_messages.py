@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Transport and message level."""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import Any
+
+import pytest
+from checks import (
+    ALWAYS_ALLOWED,
+    allowed_commands,
+    continues,
+    enable,
+    ends_dead,
+    next_event_of,
+    silent,
+    supported_commands,
+)
+from conftest import Lab
+
+from harness.abi import Profile
+from harness.manager.payloads import FREE
+from harness.manager.small import SmallVm
+from harness.tool import Session
+
+GET_VERSION, CHECK_COMMAND, GET_INFO, READ_PHYSICAL = 2, 4, 8, 12
+OK = bytes(8)
+
+# Arguments with which each command of the first part of the series succeeds (the padding
+# is then what makes it fail). A later command is tested with its own group.
+GOOD: dict[str, dict[str, Any]] = {
+    "VM_CHECK_COMMAND": {"id": "GET_VERSION"},
+    "VM_CHECK_EVENT": {"id": "UNHOOK"},
+    "VM_CONTROL_EVENTS": {"event_id": "UNHOOK", "enable": 0},
+    "VM_READ_PHYSICAL": {"gpa": FREE, "size": 8},
+    "VM_WRITE_PHYSICAL": {"gpa": FREE, "data": b"written"},
+    "VM_PAUSE_VCPU": {"vcpu": 0, "wait": 1},
+    "VCPU_GET_INFO": {"vcpu": 0},
+    "VCPU_CONTROL_EVENTS": {"vcpu": 0, "event_id": "HYPERCALL", "enable": 0},
+    "VCPU_GET_REGISTERS": {"vcpu": 0, "msrs_idx": [0xC0000080]},
+}
+
+
+def _error(payload: bytes) -> int:
+    """The err of a reply that has nothing but its error code."""
+    assert len(payload) == 8, f"an error reply has {len(payload)} bytes: {payload.hex()}"
+    err, padding = struct.unpack("<iI", payload)
+    assert padding == 0
+    return int(err)
+
+
+@pytest.mark.clause("MSG-ONE-SOCKET")
+def test_one_socket_for_each_vm(lab: Lab) -> None:
+    """Two hooked VMs have a socket each, and what is said on one concerns that VM alone."""
+    first, one = lab.pair(vcpus=1)
+    second, two = lab.pair(vcpus=2)
+    first.write(FREE, b"first")
+    second.write(FREE, b"other")
+    assert one.command("VM_GET_INFO").ok().fields.vcpu_count == 1
+    assert two.command("VM_GET_INFO").ok().fields.vcpu_count == 2
+    assert one.command("VM_READ_PHYSICAL", gpa=FREE, size=5).ok().data == b"first"
+    assert two.command("VM_READ_PHYSICAL", gpa=FREE, size=5).ok().data == b"other"
+    enable(one, "HYPERCALL")
+    enable(two, "HYPERCALL", vcpu=1)
+    second.call_out(1, vcpu=1)
+    event = next_event_of(two, "HYPERCALL", vcpu=1)
+    silent(one, vcpus=[0])
+    two.answer(event)
+    assert first.unhook() == "OK"
+    one.expect_close(timeout_s=5)
+    continues(two)
+
+
+@pytest.mark.clause("MSG-HDR")
+def test_header(lab: Lab, vm: SmallVm) -> None:
+    """A message is id(u16), size(u16) and seq(u32), and size counts what follows them."""
+    tool = lab.raw(vm)
+    tool.socket.sendall(struct.pack("<HHI", GET_VERSION, 0, 0x01020304))
+    reply = tool.receive()
+    assert (reply.id, reply.seq, len(reply.payload)) == (GET_VERSION, 0x01020304, 24)
+    # Two messages in one go, and one in single bytes: the sizes alone tell them apart.
+    check = struct.pack("<HHIHHI", CHECK_COMMAND, 8, 7, GET_INFO, 0, 0)
+    tool.socket.sendall(check + struct.pack("<HHI", GET_VERSION, 0, 8))
+    assert tool.receive() == (CHECK_COMMAND, 7, OK)
+    assert tool.receive()[:2] == (GET_VERSION, 8)
+    for byte in check:
+        tool.socket.sendall(bytes([byte]))
+    assert tool.receive() == (CHECK_COMMAND, 7, OK)
+
+
+@pytest.mark.clause("MSG-NATIVE")
+def test_byte_order_and_alignment(lab: Lab, vm: SmallVm) -> None:
+    """Numbers are little endian, as on the host, and lie at their natural alignment."""
+    vm.write(FREE + 0x123, bytes(range(1, 21)))
+    tool = lab.raw(vm)
+    request = struct.pack("<QHHI", FREE + 0x123, 20, 0, 0)
+    assert tool.ask(READ_PHYSICAL, request, seq=1) == OK + bytes(range(1, 21))
+    version, size = struct.unpack_from("<II", tool.ask(GET_VERSION, seq=2), 8)
+    assert (version, size) == (lab.profile.version, lab.profile.max_message_size)
+
+
+@pytest.mark.clause("MSG-ONESEND")
+def test_one_send(lab: Lab, vm: SmallVm) -> None:
+    """Header and data of a reply, and of an event, leave the kernel together, as one segment."""
+    name, fd = lab.manager.socketpair(kind="tcp")
+    vm.socket = name
+    assert vm.hook(fd) == "OK"
+    assert vm.command(-1) == "OK"
+    assert vm.event(-1) == "OK"
+    codec, peer = lab.codec, name + ".peer"
+    commands = [("GET_VERSION", {}, 24), ("VM_READ_PHYSICAL", {"gpa": FREE, "size": 900}, 908),
+                ("VM_CONTROL_EVENTS", {"enable": 1}, 8)]  # fmt: skip
+    requests: list[dict[str, Any]] = []
+    for seq, (command, fields, size) in enumerate(commands):
+        message = codec.frame(*codec.encode_command(command, **fields), seq)
+        requests += [
+            {"op": "send", "name": peer, "hex": message.hex()},
+            {"op": "receive", "name": peer, "size": 8 + size, "limit_s": 5},
+        ]
+    preunhook, _ = codec.encode_ioctl("PREUNHOOK")
+    requests += [
+        {"op": "ioctl", "on": f"vm:{vm.name}", "request": preunhook},
+        {"op": "receive", "name": peer, "size": 16, "limit_s": 5},
+    ]
+    captured = lab.manager.link.call("capture", name=name, requests=requests, timeout_s=30)
+    messages = [answer["hex"] for answer in captured["answers"][1::2]]
+    assert [len(message) // 2 for message in messages] == [32, 916, 16, 16]
+    assert captured["sent"] == messages
+
+
+@pytest.mark.clause("MSG-REPLY-ID-SEQ")
+def test_replies_repeat_id_and_seq(lab: Lab, vm: SmallVm) -> None:
+    """Replies, of success and of error, repeat id and seq, whatever order the seqs have."""
+    tool = lab.raw(vm)
+    numbers = [5, 0, 0xFFFF_FFFF, 4, 4, 1, 0x8000_0000]
+    for seq in numbers:
+        assert len(tool.ask(GET_VERSION, seq=seq)) == 24
+        assert _error(tool.ask(CHECK_COMMAND, struct.pack("<HHI", 2, 1, 0), seq=seq)) == -22
+        assert _error(tool.ask(0x7777, seq=seq)) == -1000
+        tool.ask(GET_INFO, seq=seq)
+    vm.run()
+    for seq in numbers:
+        assert len(tool.ask(3, bytes(8), seq=seq)) == 16
+
+
+@pytest.mark.clause("MSG-REPLY-ERRCODE")
+def test_error_code(lab: Lab, vm: SmallVm) -> None:
+    """A reply begins with err and a zero padding: 0 on success, a negative number on failure."""
+    tool = lab.raw(vm)
+    assert tool.ask(GET_VERSION, seq=1)[:8] == OK
+    assert tool.ask(GET_INFO, seq=2)[:8] == OK
+    assert tool.ask(CHECK_COMMAND, struct.pack("<HHI", 2, 0, 0), seq=3) == OK
+    assert _error(tool.ask(CHECK_COMMAND, struct.pack("<HHI", 2, 0, 1), seq=4)) == -22
+    assert _error(tool.ask(CHECK_COMMAND, struct.pack("<HHI", 0x7776, 0, 0), seq=5)) == -2
+    assert _error(tool.ask(READ_PHYSICAL, struct.pack("<QHHI", 1 << 40, 8, 0, 0), seq=6)) == -2
+
+
+@pytest.mark.clause("MSG-REPLY-ERR-NODATA")
+def test_errors_carry_no_data(lab: Lab, vm: SmallVm) -> None:
+    """A command that fails answers just 8 bytes, also where success would bring data."""
+    tool = lab.raw(vm)
+    vm.run()
+    bad_header = struct.pack("<HHI", 0, 1, 0)
+    failing = {
+        READ_PHYSICAL: struct.pack("<QHHI", FREE, 8, 1, 0),
+        3: bad_header,
+        7: bad_header + bytes(8),
+        5: bad_header + bytes(8),
+    }
+    for seq, (id, payload) in enumerate(failing.items()):
+        assert _error(tool.ask(id, payload, seq=seq)) == -22
+    msr = struct.pack("<HHIHHII", 0, 0, 0, 1, 0, 0, 0xDEAD_BEEF)
+    assert _error(tool.ask(7, msr, seq=99)) == -22
+    assert vm.command(-1, 0) == "OK"
+    assert _error(tool.ask(GET_INFO, seq=100)) == -1
+    assert _error(tool.ask(7, bytes(16), seq=101)) == -1
+    assert _error(tool.ask(0x7776, seq=102)) == -1000
+
+
+@pytest.mark.clause("MSG-REPLY-ALWAYS")
+def test_each_command_is_answered_once(lab: Lab) -> None:
+    """Of 300 commands of all kinds sent without a pause each gets exactly one reply."""
+    vm, session = lab.pair(vcpus=2)
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("GET_VERSION", {}),
+        ("VM_CHECK_EVENT", {"id": 7777}),
+        ("VCPU_GET_INFO", {"vcpu": 1}),
+        ("VM_READ_PHYSICAL", {"gpa": FREE, "size": 700}),
+        ("VCPU_GET_REGISTERS", {"vcpu": 0, "nmsrs": 0}),
+        ("VCPU_GET_INFO", {"vcpu": 9}),
+    ]
+    sent = [session.send(name, **fields) for _ in range(50) for name, fields in kinds]
+    errors = [pending.reply(10).error for pending in sent]
+    assert errors == [None, "KVM_ENOENT", None, None, None, "KVM_EINVAL"] * 50
+    # A second reply to any of them would be found by the session as one to nothing.
+    silent(session, vcpus=[0, 1])
+    assert len(session.received) == len(sent) + 3
+    vm.progresses()
+
+
+@pytest.mark.clause("MSG-ENOSYS-UNKNOWN")
+def test_unknown_ids(lab: Lab, vm: SmallVm, profile: Profile) -> None:
+    """Ids that are no command answer KVM_ENOSYS, allowed or not; the session continues."""
+    tool = lab.raw(vm)
+    known = {id for id in profile.command_by_id}
+    unknown = [id for id in range(2, 120) if id not in known]
+    unknown += [0x00FF, 0x0102, 0x7FFE, 0x7FFF, 0x8000, 0x8002, 0xFFFE, 0xFFFF]
+    for allow in (1, 0):
+        assert vm.command(-1, allow) == "OK"
+        for id in unknown:
+            assert _error(tool.ask(id, seq=id)) == -1000, f"id {id}"
+        for id in (unknown[0], 0xFFFF):
+            assert _error(tool.ask(id, b"\xff" * 40, seq=id)) == -1000, f"id {id}"
+    assert len(tool.ask(GET_VERSION, seq=1)) == 24
+
+
+@pytest.mark.clause("MSG-ENOSYS-UNKNOWN")
+def test_commands_that_are_not_there(session: Session, profile: Profile) -> None:
+    """A command that VM_CHECK_COMMAND calls unknown answers KVM_ENOSYS."""
+    for name in sorted(set(profile.commands) - supported_commands(session, profile)):
+        session.command(name).fails("KVM_ENOSYS")
+    continues(session)
+
+
+@pytest.mark.clause("MSG-ENOSYS-VMEVENT")
+def test_vm_event_id(lab: Lab, vm: SmallVm) -> None:
+    """A message with id 0 from the tool answers KVM_ENOSYS, whatever it carries."""
+    tool = lab.raw(vm)
+    for payload in (b"", bytes(8), bytes(16), b"\xff" * 24):
+        assert _error(tool.ask(0, payload, seq=len(payload))) == -1000
+    assert len(tool.ask(GET_VERSION, seq=1)) == 24
+
+
+@pytest.mark.clause("MSG-EPERM-DISALLOWED")
+def test_disallowed(lab: Lab, vm: SmallVm, profile: Profile) -> None:
+    """A command that is not allowed answers KVM_EPERM, right arguments or wrong; no effect."""
+    session = lab.hook(vm, allow=False)
+    vm.run()
+    for name in sorted(supported_commands(session, profile) - ALWAYS_ALLOWED):
+        session.command(name, **GOOD.get(name, {})).fails("KVM_EPERM")
+        for wrong in list(session.codec.wrong_paddings(name))[:1]:
+            session.command(name, **GOOD.get(name, {}), **wrong).fails("KVM_EPERM")
+    assert vm.read(FREE, 7) == bytes(7)
+    assert vm.event(-1) == "OK"
+    assert vm.command("VCPU_GET_INFO") == "OK"
+    silent(session, vcpus=[0])
+    vm.progresses()
+
+
+@pytest.mark.clause("MSG-EINVAL-PADDING")
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "VCPU_GET_INFO"])
+def test_padding(lab: Lab, name: str) -> None:
+    """Any byte of padding that is set makes the command answer KVM_EINVAL, without effect."""
+    vm, session = lab.pair()
+    count = 0
+    for wrong in session.codec.wrong_paddings(name):
+        session.command(name, **GOOD[name], **wrong).fails("KVM_EINVAL")
+        count += 1
+    assert count
+    assert vm.read(FREE, 7) == bytes(7)
+    silent(session, vcpus=[0])
+    session.command(name, **GOOD[name]).ok()
+    if name == "VM_PAUSE_VCPU":
+        session.answer(next_event_of(session, "PAUSE"))
+    silent(session, vcpus=[0])
+
+
+# What is left out reads as zero; that is a success for these.
+SHORT: list[tuple[str, dict[str, Any], int]] = [
+    ("VM_CHECK_COMMAND", {"id": "GET_VERSION"}, 2),
+    ("VM_CHECK_EVENT", {"id": "HYPERCALL"}, 2),
+    ("VM_CHECK_EVENT", {}, 0),
+    ("VM_CONTROL_EVENTS", {"event_id": "UNHOOK", "enable": 1}, 3),
+    ("VM_CONTROL_EVENTS", {"event_id": "UNHOOK", "enable": 0}, 0),
+    ("VM_READ_PHYSICAL", {"gpa": FREE, "size": 9}, 10),
+    ("VM_PAUSE_VCPU", {"vcpu": 0, "wait": 1}, 3),
+    ("VM_PAUSE_VCPU", {"vcpu": 0, "wait": 0}, 0),
+    ("VCPU_GET_INFO", {"vcpu": 0}, 2),
+    ("VCPU_GET_INFO", {"vcpu": 0}, 0),
+    ("VCPU_CONTROL_EVENTS", {"event_id": "HYPERCALL", "enable": 1}, 11),
+    ("VCPU_CONTROL_EVENTS", {"event_id": "HYPERCALL", "enable": 0}, 10),
+    ("VCPU_GET_REGISTERS", {"nmsrs": 0}, 8),
+    ("VCPU_GET_REGISTERS", {"nmsrs": 0}, 0),
+]
+
+
+@pytest.mark.clause("MSG-SHORT-OK")
+@pytest.mark.parametrize(("name", "fields", "length"), SHORT)
+def test_short(lab: Lab, name: str, fields: dict[str, Any], length: int) -> None:
+    """A command that is shorter than its struct succeeds, the rest taken as zero."""
+    vm, session = lab.pair()
+    vm.write(FREE, b"nine byte")
+    reply = session.command(name, **fields, length=length).ok()
+    if name == "VM_READ_PHYSICAL":
+        assert reply.data == b"nine byte"
+    if name == "VM_PAUSE_VCPU":
+        session.answer(next_event_of(session, "PAUSE"))
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("MSG-SHORT-OK")
+def test_short_reads_as_zero(session: Session) -> None:
+    """What a short command leaves out is zero, not what an earlier one had there."""
+    session.command("VM_CHECK_COMMAND", id="GET_VERSION").ok()
+    session.command("VM_CHECK_COMMAND", id="GET_VERSION", length=0).fails("KVM_ENOENT")
+    session.command("VM_CHECK_COMMAND", id=0x0102).fails("KVM_ENOENT")
+    session.command("VM_CHECK_COMMAND", id="GET_VERSION", length=1).ok()
+    session.command("VM_READ_PHYSICAL", gpa=FREE, size=16).ok()
+    session.command("VM_READ_PHYSICAL", gpa=FREE, size=16, length=8).fails("KVM_EINVAL")
+    continues(session)
+
+
+@pytest.mark.clause("MSG-LONG-OK")
+@pytest.mark.parametrize("name", ["GET_VERSION", "VM_GET_INFO", *GOOD])
+def test_long(lab: Lab, name: str) -> None:
+    """A command that is longer than its struct succeeds, the excess is not looked at."""
+    vm, session = lab.pair()
+    fields = dict(GOOD.get(name, {}))
+    id, payload = session.codec.encode_command(name, **fields)
+    for excess in (b"\xff", b"\xff" * 33, b"\xff" * 5000):
+        session.reply_to(session.send_raw(id, payload + excess)).ok()
+        if name == "VM_PAUSE_VCPU":
+            session.answer(next_event_of(session, "PAUSE"))
+    if name == "VM_WRITE_PHYSICAL":
+        assert vm.read(FREE, 4096) == b"written".ljust(4096, b"\0")
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("MSG-MAXSIZE-OK", "GETVERSION-MAXSIZE")
+def test_largest_size(lab: Lab, vm: SmallVm, profile: Profile) -> None:
+    """A message of max_msg_size bytes, which GET_VERSION calls 8184, is accepted."""
+    tool = lab.raw(vm)
+    largest = struct.unpack_from("<I", tool.ask(GET_VERSION, seq=1), 12)[0]
+    assert largest == profile.max_message_size == 8184
+    for seq in range(3):
+        assert len(tool.ask(GET_VERSION, b"\xff" * largest, seq=seq)) == 24
+    assert tool.ask(CHECK_COMMAND, struct.pack("<HHI", 2, 0, 0).ljust(largest), seq=9) == OK
+
+
+@pytest.mark.clause("MSG-TOOBIG-CLOSE")
+@pytest.mark.parametrize("size", [8185, 8192, 0x8000, 0xFFFF])
+def test_too_big(lab: Lab, vm: SmallVm, size: int) -> None:
+    """A header that announces more than 8184 bytes closes the socket, without a reply."""
+    tool = lab.raw(vm)
+    assert len(tool.ask(GET_VERSION, seq=1)) == 24
+    tool.send(GET_VERSION, seq=2, size=size)
+    tool.ended()
+    ends_dead(lab.manager, vm)
+    assert vm.preunhook() == "ENOENT"
+
+
+@pytest.mark.clause("MSG-PARTIAL-CLOSE")
+@pytest.mark.parametrize(
+    "part",
+    [b"\x02", struct.pack("<HHI", GET_VERSION, 0, 5)[:7], struct.pack("<HHIH", 4, 8, 5, 2)],
+    ids=["one byte", "half a header", "half a payload"],
+)
+def test_partial(lab: Lab, vm: SmallVm, part: bytes) -> None:
+    """A message cut short by the end of the stream ends the session, without a reply."""
+    tool = lab.raw(vm)
+    tool.socket.sendall(part)
+    assert lab.manager.poll(vm.socket, "HUP", within_s=0.1) == []
+    tool.socket.shutdown(1)  # SHUT_WR: what the kernel says can still be read
+    tool.ended()
+    ends_dead(lab.manager, vm)
+    assert vm.preunhook() == "ENOENT"
+
+
+@pytest.mark.clause("MSG-SOCKERR-CLOSE")
+def test_connection_reset(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """A connection that is reset in the middle of an event ends the session; the guest goes on."""
+    vm.run()
+    enable(session, "HYPERCALL")
+    vm.call_out(1)
+    next_event_of(session, "HYPERCALL")
+    session.abort()
+    ends_dead(lab.manager, vm)
+    vm.wait_word("done", 1)
+    assert vm.preunhook() == "ENOENT"
+    vm.wait_word("done", vm.call_out(1))
+
+
+@pytest.mark.clause("MSG-SOCKERR-CLOSE")
+def test_local_peer_gone(lab: Lab, vm: SmallVm) -> None:
+    """A UNIX socket whose other end was closed with unread data in it ends the session."""
+    name, fd = lab.manager.socketpair()
+    vm.socket = name
+    assert vm.hook(fd) == "OK"
+    lab.manager.link.call("send", name=name + ".peer", hex=struct.pack("<HHI", 2, 0, 1).hex())
+    assert "IN" in lab.manager.poll(name + ".peer", "IN", within_s=5)
+    lab.manager.close_fd(name + ".peer")
+    ends_dead(lab.manager, vm)
+    assert vm.preunhook() == "ENOENT"
+    assert vm.unhook() == "OK"
+
+
+@pytest.mark.clause("MSG-INTERLEAVE-EV")
+def test_event_while_command_waits(lab: Lab) -> None:
+    """An event of one vCPU arrives while the reply of another, not running yet, is awaited."""
+    vm, session = lab.pair(vcpus=2, run=False)
+    vm.run(0)
+    enable(session, "HYPERCALL", vcpu=0)
+    waiting = session.send("VCPU_GET_INFO", vcpu=1)
+    vm.call_out(1, vcpu=0)
+    event = next_event_of(session, "HYPERCALL", vcpu=0)
+    session.answer(event)
+    vm.wait_word("done", 1, vcpu=0)
+    vm.run(1)
+    waiting.reply(5).ok()
+
+
+@pytest.mark.clause("MSG-INTERLEAVE-CMD", "VCPUHDR-INEVENT-OK")
+def test_commands_while_event_waits(lab: Lab) -> None:
+    """While an event waits for its reply, VM and vCPU commands are answered, for this vCPU too."""
+    vm, session = lab.pair(vcpus=2)
+    enable(session, "HYPERCALL")
+    vm.call_out(1)
+    event = next_event_of(session, "HYPERCALL")
+    for _ in range(3):
+        session.command("VM_GET_INFO").ok()
+        session.command("VM_READ_PHYSICAL", gpa=FREE, size=64).ok()
+        for vcpu in (0, 1):
+            session.command("VCPU_GET_INFO", vcpu=vcpu).ok()
+            session.command("VCPU_GET_REGISTERS", vcpu=vcpu, nmsrs=0).ok()
+    vm.stands_still()
+    session.answer(event)
+    vm.wait_word("done", 1)
+    silent(session, vcpus=[0, 1])
+
+
+@pytest.mark.clause("MSG-BLOCKING")
+def test_waits_for_the_tool(lab: Lab) -> None:
+    """An event waits for its reply for as long as the tool takes, and is then gone on from."""
+    vm, session = lab.pair()
+    enable(session, "HYPERCALL")
+    vm.call_out(1)
+    event = next_event_of(session, "HYPERCALL")
+    started = time.monotonic()
+    vm.stands_still(for_s=4)
+    assert time.monotonic() - started >= 4
+    silent(session, vcpus=[0])
+    session.answer(event)
+    vm.wait_word("done", 1)
+    assert vm.word("result") == 0
+
+
+@pytest.mark.clause("MSG-BLOCKING", "EVT-DISCONNECT-CONTINUE")
+def test_waits_until_disconnect(lab: Lab) -> None:
+    """A vCPU that waits for a reply goes on when the tool disconnects."""
+    vm, session = lab.pair()
+    enable(session, "HYPERCALL")
+    vm.call_out(1)
+    next_event_of(session, "HYPERCALL")
+    vm.stands_still(for_s=0.5)
+    session.close()
+    vm.wait_word("done", 1)
+    vm.progresses()
+
+
+@pytest.mark.clause("MSG-CLEANUP")
+def test_cleanup(lab: Lab, profile: Profile) -> None:
+    """After disconnect and unhook the guest is as if it had never been introspected."""
+    plain = lab.vm()
+    plain.run()
+    plain.wait_word("done", plain.call_out(1))
+    vm, session = lab.pair()
+    for event in ("HYPERCALL", "BREAKPOINT"):
+        enable(session, event)
+    for _ in range(3):
+        session.command("VM_PAUSE_VCPU", wait=0).ok()
+    next_event_of(session, "PAUSE")
+    session.close()
+    ends_dead(lab.manager, vm)
+    assert vm.unhook() == "OK"
+    vm.wait_word("done", vm.call_out(2))
+    assert vm.word("result") == plain.word("result")
+    vm.wait_word("done", vm.call_out(2, kind=1))
+    assert vm.word("traps") == 2
+    again = lab.hook(vm, allow=False)
+    assert allowed_commands(again, profile) == ALWAYS_ALLOWED
+    assert vm.command(-1) == "OK"
+    silent(again, vcpus=[0])

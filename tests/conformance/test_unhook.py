@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""UNHOOK ioctl."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from checks import continues, enable, ends_dead, requires
+from conftest import Lab
+
+from harness.errors import ConformanceError
+from harness.manager.small import SmallManager, SmallVm
+from harness.tool import Session
+
+UNHOOK = 0xAEC9
+# A kernel thread is still listed for a moment after whoever stopped it was told so.
+THREAD_GONE_S = 2.0
+
+
+def _kernel_threads(manager: SmallManager) -> set[str]:
+    """Kernel threads by PID and name, without the workers that come and go."""
+    return {name for name in manager.threads("") if " kworker" not in name}
+
+
+@pytest.mark.clause("UNHOOK-ABI")
+def test_abi(lab: Lab, vm: SmallVm) -> None:
+    """Request 0xAEC9 unhooks, whatever stands where other requests have an argument."""
+    for argument in ({}, {"value": 0xDEAD_BEEF}, {"bad": "unmapped"}):
+        session = lab.hook(vm)
+        assert vm.request(0x4008AEC9, argument, what="0x4008AEC9") == "ENOTTY"
+        continues(session)
+        assert vm.request(UNHOOK, argument, what="UNHOOK") == "OK"
+        session.expect_close(timeout_s=5)
+
+
+@pytest.mark.clause("UNHOOK-EPERM-DISABLED")
+def test_disabled(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """UNHOOK answers EPERM while introspection is off; the VM stays hooked."""
+    with lab.introspection_off():
+        assert vm.unhook() == "EPERM"
+        assert lab.vm().unhook() == "EPERM"
+    continues(session)
+    assert vm.unhook() == "OK"
+    session.expect_close(timeout_s=5)
+
+
+@pytest.mark.clause("UNHOOK-OK-NOTHOOKED")
+def test_not_hooked(lab: Lab, vm: SmallVm) -> None:
+    """UNHOOK returns 0 on a VM that never was hooked, and a second time."""
+    assert vm.unhook() == "OK"
+    session = lab.hook(vm)
+    continues(session)
+    assert vm.unhook() == "OK"
+    assert vm.unhook() == "OK"
+
+
+@pytest.mark.clause("UNHOOK-SHUTDOWN")
+def test_socket_is_shut_down(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """UNHOOK shuts the socket down both ways: the tool reads the end, both ends hang up."""
+    assert vm.unhook() == "OK"
+    session.expect_close(timeout_s=5)
+    ends_dead(lab.manager, vm)
+
+
+@pytest.mark.clause("UNHOOK-SHUTDOWN")
+def test_local_socket_is_shut_down(lab: Lab, vm: SmallVm) -> None:
+    """After UNHOOK the other end of a UNIX socket can neither read nor write."""
+    name, fd = lab.manager.socketpair()
+    peer = name + ".peer"
+    assert vm.hook(fd) == "OK"
+    assert vm.unhook() == "OK"
+    answer = lab.manager.link.call("receive", name=peer, size=1, timeout_s=5)
+    assert answer == {"hex": "", "end": True}
+    # HUP is reported only when both directions are shut down.
+    assert "HUP" in lab.manager.poll(peer, "HUP", within_s=1)
+
+
+@pytest.mark.clause("UNHOOK-WAITS")
+def test_waits(lab: Lab, manager: SmallManager) -> None:
+    """When UNHOOK returns, a vCPU that waited for a reply is out, and KVM's thread is gone."""
+    vm = lab.vm(vcpus=2)
+    vm.run()
+    vm.progresses(vcpu=1)
+    before = _kernel_threads(manager)
+    session = lab.hook(vm)
+    own = _kernel_threads(manager) - before
+    enable(session, "HYPERCALL", vcpu=1)
+    vm.call_out(1, vcpu=1)
+    session.next_event("HYPERCALL", vcpu=1, timeout_s=5)
+    assert vm.unhook() == "OK"
+    deadline = time.monotonic() + THREAD_GONE_S
+    while left := own & _kernel_threads(manager):
+        assert time.monotonic() < deadline, f"still there after UNHOOK: {left}"
+    vm.wait_word("done", 1, vcpu=1)
+    vm.progresses(vcpu=0)
+    vm.progresses(vcpu=1)
+
+
+@pytest.mark.clause("UNHOOK-WAITS", "HOOK-REHOOK")
+def test_waits_for_commands(lab: Lab) -> None:
+    """UNHOOK and HOOK alternate safely while commands are under way and vCPUs run."""
+    vm = lab.vm(vcpus=2)
+    vm.run()
+    for _ in range(12):
+        session = lab.hook(vm)
+        for vcpu in (0, 1) * 20:
+            session.send("VCPU_GET_REGISTERS", vcpu=vcpu, nmsrs=0)
+        assert vm.unhook() == "OK"
+        session.expect_close(timeout_s=5)
+        session.close()
+    vm.progresses(vcpu=0)
+    vm.progresses(vcpu=1)
+    continues(lab.hook(vm))
+
+
+@pytest.mark.clause("UNHOOK-PAGES-LIFTED")
+def test_page_restrictions_are_lifted(lab: Lab, vm: SmallVm, session: Session) -> None:
+    """UNHOOK removes a page restriction although automatic cleanup was switched off."""
+    requires(session, command="VM_SET_PAGE_ACCESS")
+    requires(session, event="PF")
+    vm.run()
+    enable(session, "PF")
+    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
+    session.command("VM_SET_PAGE_ACCESS", entries=[{"gpa": 0, "access": "RX"}]).ok()
+    session.next_event("PF", timeout_s=5)
+    assert vm.unhook() == "OK"
+    vm.progresses(rounds=50)
+
+
+@pytest.mark.clause("UNHOOK-INTERCEPT-KEPT")
+def test_interceptions_are_kept(vm: SmallVm, session: Session) -> None:
+    """With automatic cleanup off UNHOOK leaves the interception of breakpoints as it is."""
+    requires(session, command="VM_CONTROL_CLEANUP")
+    vm.run()
+    enable(session, "BREAKPOINT")
+    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
+    assert vm.unhook() == "OK"
+    vm.call_out(1, kind=1)
+    # Intercepted and claimed by nobody, a breakpoint is reported to user space.
+    assert vm.wait_exit().reason == "DEBUG"
+
+
+@pytest.mark.clause("UNHOOK-SINGLESTEP-OFF")
+def test_single_stepping_ends(vm: SmallVm, session: Session) -> None:
+    """UNHOOK switches single-stepping off: the guest runs on by itself."""
+    requires(session, command="VCPU_CONTROL_SINGLESTEP")
+    if not session.command("GET_VERSION").ok().fields.features.singlestep:
+        requires(session, event="SINGLESTEP")
+    vm.run()
+    session.command("VCPU_CONTROL_SINGLESTEP", enable=1).ok()
+    session.next_event("SINGLESTEP", timeout_s=5)
+    assert vm.unhook() == "OK"
+    vm.progresses(rounds=50)
+
+
+class _Usage:
+    """What the host's kernel has in use, as far as it tells."""
+
+    def __init__(self, manager: SmallManager) -> None:
+        self.caches: dict[str, int] = {}
+        for line in manager.read_file("/proc/slabinfo").splitlines()[2:]:
+            words = line.split()
+            self.caches[words[0]] = int(words[1])
+        self.sockets = manager.read_file("/proc/net/sockstat").splitlines()[0]
+        self.threads = len(_kernel_threads(manager))
+        self.files = int(manager.read_file("/proc/sys/fs/file-nr").split()[0])
+
+
+CYCLES = 60
+ROUNDS = 4
+
+
+@pytest.mark.clause("UNHOOK-FREES")
+@pytest.mark.timeout(180)
+def test_frees(lab: Lab, manager: SmallManager) -> None:
+    """Many rounds of hooking, commands and unhooking leave the kernel's caches as they were."""
+    vm = lab.vm(vcpus=2)
+    vm.run()
+    requests = manager_cycle(lab, vm)
+    manager.link.call("batch", requests=requests, repeat=CYCLES, timeout_s=120)
+    usages = [_Usage(manager)]
+    for _ in range(ROUNDS):
+        answers = manager.link.call("batch", requests=requests, repeat=CYCLES, timeout_s=120)
+        assert [item["ret"] for item in (answers[1], answers[2], answers[5])] == [0, 0, 0]
+        assert not answers[4]["end"]
+        usages.append(_Usage(manager))
+    grown = []
+    for cache in usages[0].caches:
+        counts = [usage.caches.get(cache, 0) for usage in usages]
+        steps = [after - before for before, after in itertools.pairwise(counts)]
+        # The kernel's own numbers are coarse (whole slabs); a leak shows in every round.
+        if min(steps) >= CYCLES * 2 // 3:
+            grown.append(f"{cache}: {counts}")
+    if grown:
+        raise ConformanceError(f"{CYCLES} hooks a round leave objects behind: {'; '.join(grown)}")
+    assert usages[-1].sockets == usages[0].sockets
+    assert usages[-1].threads <= usages[0].threads
+    assert usages[-1].files - usages[0].files < CYCLES
+
+
+def manager_cycle(lab: Lab, vm: SmallVm) -> list[dict[str, object]]:
+    """One life of a session, as requests to the agent: hook, a command, unhook."""
+    codec = lab.codec
+    unhook, _ = codec.encode_ioctl("UNHOOK")
+    allow, argument = codec.encode_ioctl("COMMAND", allow=1, id=-1)
+    # The number that the descriptor will have is not known before, so it is fixed first.
+    name, fd = lab.manager.socketpair()
+    lab.manager.close_fd(name)
+    lab.manager.close_fd(name + ".peer")
+    hook, hook_argument = codec.encode_ioctl("HOOK", fd=fd, uuid=bytes(16))
+    on = f"vm:{vm.name}"
+    commands = b"".join(
+        codec.frame(*codec.encode_command(command, **fields), seq=seq)
+        for seq, (command, fields) in enumerate(
+            [
+                ("GET_VERSION", {}),
+                ("VCPU_GET_INFO", {"vcpu": 1}),
+                ("VM_READ_PHYSICAL", {"gpa": 0x20000, "size": 4096}),
+                ("VCPU_GET_REGISTERS", {"vcpu": 0, "nmsrs": 0}),
+            ]
+        )
+    )
+    replies = (8 + 24) + (8 + 16) + (8 + 8 + 4096) + (8 + 480)
+    return [
+        {"op": "socketpair", "name": name},
+        {"op": "ioctl", "on": on, "request": hook, "arg": {"hex": hook_argument.hex()}},
+        {"op": "ioctl", "on": on, "request": allow, "arg": {"hex": argument.hex()}},
+        {"op": "send", "name": name + ".peer", "hex": commands.hex()},
+        {"op": "receive", "name": name + ".peer", "size": replies, "limit_s": 5},
+        {"op": "ioctl", "on": on, "request": unhook},
+        {"op": "close", "name": name},
+        {"op": "close", "name": name + ".peer"},
+    ]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The header that vCPU commands begin with."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+from checks import continues, enable, next_event_of, silent
+from conftest import Lab
+
+EINVAL = -22
+
+# For each vCPU command: fields with which it succeeds where a vCPU can be introspected.
+COMMANDS: dict[str, dict[str, Any]] = {
+    "VCPU_GET_INFO": {},
+    "VCPU_CONTROL_EVENTS": {"event_id": "HYPERCALL", "enable": 1},
+    "VCPU_GET_REGISTERS": {"nmsrs": 0},
+    "VCPU_SET_REGISTERS": {},
+}
+
+
+@pytest.mark.clause("VCPUHDR-LAYOUT")
+def test_layout(lab: Lab) -> None:
+    """A vCPU command begins with vcpu(u16), padding1(u16) and padding2(u32)."""
+    vm = lab.vm(vcpus=2)
+    tool = lab.raw(vm)
+    vm.run(1)
+    enable_hypercall = struct.pack("<HHIHBBI", 1, 0, 0, 3, 1, 0, 0)
+    assert tool.ask(5, enable_hypercall, seq=1) == bytes(8)
+    vm.call_out(1, vcpu=1)
+    event = tool.receive()
+    assert struct.unpack_from("<HH", event.payload, 8)[1] == 1
+    for wrong in (struct.pack("<HHI", 1, 1, 0), struct.pack("<HHI", 1, 0, 1)):
+        assert tool.ask(3, wrong, seq=2) == struct.pack("<iI", EINVAL, 0)
+
+
+@pytest.mark.clause("VCPUHDR-EINVAL-PADDING", "VCPUINFO-EINVAL-PADDING", "SETREGS-EINVAL-PADDING")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_padding(lab: Lab, name: str) -> None:
+    """Each byte of the header's padding makes a vCPU command answer KVM_EINVAL."""
+    vm, session = lab.pair()
+    for byte in range(2):
+        session.command(name, **COMMANDS[name], hdr_padding1=1 << 8 * byte).fails("KVM_EINVAL")
+    for byte in range(4):
+        session.command(name, **COMMANDS[name], hdr_padding2=0x80 << 8 * byte).fails("KVM_EINVAL")
+    vm.wait_word("done", vm.call_out(1))  # an event, had CONTROL_EVENTS had an effect
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause(
+    "VCPUHDR-EINVAL-INDEX", "VCPUINFO-EINVAL-VCPU", "VCPUCTLEVT-EINVAL-VCPU",
+    "GETREGS-EINVAL-VCPU", "SETREGS-EINVAL-VCPU",
+)  # fmt: skip
+@pytest.mark.parametrize("name", COMMANDS)
+def test_index(lab: Lab, name: str) -> None:
+    """An index that is not below the number of vCPUs makes a vCPU command answer KVM_EINVAL."""
+    _, session = lab.pair(vcpus=2)
+    for index in (2, 3, 0x100, 0x8000, 0xFFFF):
+        session.command(name, **COMMANDS[name], vcpu=index).fails("KVM_EINVAL")
+    session.command("VCPU_GET_INFO", vcpu=1).ok()
+    continues(session)
+
+
+@pytest.mark.clause(
+    "VCPUHDR-EAGAIN", "VCPUINFO-EAGAIN", "VCPUCTLEVT-EAGAIN", "GETREGS-EAGAIN", "SETREGS-EAGAIN"
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_not_ready(lab: Lab, name: str) -> None:
+    """A vCPU that waits to be started (INIT, SIPI) answers KVM_EAGAIN; the first one does not."""
+    vm, session = lab.pair(vcpus=2, irqchip=True)
+    vm.progresses(vcpu=0)
+    for _ in range(3):
+        session.command(name, **COMMANDS[name], vcpu=1).fails("KVM_EAGAIN")
+    session.command("VCPU_GET_INFO", vcpu=0).ok()
+    vm.stands_still(vcpu=1)
+    continues(session)
+
+
+@pytest.mark.clause("VCPUHDR-INEVENT-OK")
+def test_in_event(lab: Lab) -> None:
+    """A vCPU that waits for the reply to any of its events accepts commands."""
+    vm, session = lab.pair()
+    enable(session, "HYPERCALL")
+    enable(session, "BREAKPOINT")
+    for kind, name in ((0, "HYPERCALL"), (1, "BREAKPOINT"), (None, "PAUSE")):
+        if kind is None:
+            session.command("VM_PAUSE_VCPU", wait=1).ok()
+        else:
+            vm.call_out(1, kind=kind)
+        event = next_event_of(session, name)
+        session.command("VCPU_GET_INFO").ok()
+        registers = session.command("VCPU_GET_REGISTERS", nmsrs=0).ok().fields.regs
+        assert registers.rip == event.regs.rip
+        session.answer(event)
+    silent(session, vcpus=[0])
+    vm.wait_word("done", 2)
+
+
+@pytest.mark.clause("VCPUHDR-ORDER")
+def test_order_of_checks(lab: Lab) -> None:
+    """Checks come in the order support, permission, padding, index, readiness, the command's own.
+
+    Each command here is wrong in several ways; the answer tells which was looked at first.
+    """
+    vm = lab.vm(vcpus=2, irqchip=True)
+    session = lab.hook(vm, allow=False)
+    vm.run()
+    vm.progresses(vcpu=0)
+    everything = {"vcpu": 7, "hdr_padding1": 1, "event_id": 77, "padding2": 1}
+    _, payload = session.codec.encode_command("VCPU_CONTROL_EVENTS", **everything)
+    session.reply_to(session.send_raw(0x7777, payload)).fails("KVM_ENOSYS")
+    session.command("VCPU_CONTROL_EVENTS", **everything).fails("KVM_EPERM")
+    session.command("VCPU_CONTROL_EVENTS", vcpu=1, event_id=77).fails("KVM_EPERM")
+    assert vm.command(-1) == "OK"
+    # Padding and index share an errno; both come before the vCPU's readiness ...
+    session.command("VCPU_CONTROL_EVENTS", **everything).fails("KVM_EINVAL")
+    session.command("VCPU_CONTROL_EVENTS", vcpu=1, hdr_padding2=1).fails("KVM_EINVAL")
+    # ... which comes before anything of the command itself: its padding, event id, permission.
+    session.command("VCPU_CONTROL_EVENTS", vcpu=1, padding2=1).fails("KVM_EAGAIN")
+    session.command("VCPU_CONTROL_EVENTS", vcpu=1, event_id=77).fails("KVM_EAGAIN")
+    session.command("VCPU_CONTROL_EVENTS", vcpu=1, event_id="HYPERCALL").fails("KVM_EAGAIN")
+    session.command("VCPU_CONTROL_EVENTS", vcpu=0, event_id="HYPERCALL").fails("KVM_EPERM")
+    session.command("VCPU_SET_REGISTERS", vcpu=1, length=8).fails("KVM_EAGAIN")
+    continues(session)
+
+
+@pytest.mark.clause("VCPUHDR-WAKE")
+def test_running_vcpu_answers(lab: Lab) -> None:
+    """A vCPU that stays in the guest is got out of it to answer, and goes back."""
+    vm, session = lab.pair(vcpus=2)
+    for _ in range(10):
+        for vcpu in (0, 1):
+            vm.progresses(vcpu=vcpu, rounds=1)
+            session.command("VCPU_GET_INFO", vcpu=vcpu, timeout_s=5).ok()
+    vm.progresses(vcpu=0)
+    vm.progresses(vcpu=1)
+
+
+@pytest.mark.clause("VCPUHDR-WAKE")
+@pytest.mark.parametrize("interrupts", [False, True])
+def test_halted_vcpu_answers(lab: Lab, interrupts: bool) -> None:
+    """A vCPU that is halted in the kernel answers, and stays halted."""
+    vm, session = lab.pair(payload="halt", irqchip=True, interrupts=interrupts)
+    vm.wait_word("ticks", 1)
+    for _ in range(5):
+        vm.stands_still(for_s=0.05)
+        session.command("VCPU_GET_INFO", timeout_s=5).ok()
+        registers = session.command("VCPU_GET_REGISTERS", nmsrs=0, timeout_s=5).ok()
+        assert registers.fields.regs.rip == vm.machine.linear("halt_site") + 1
+    vm.stands_still()
+    assert vm.word("ticks") == 1
+    assert vm.running()
+
+
+@pytest.mark.clause("VCPUHDR-WAKE")
+def test_vcpu_in_user_space_answers_when_it_runs(lab: Lab) -> None:
+    """Commands for a vCPU that is outside KVM_RUN are answered, in order, when it enters."""
+    vm, session = lab.pair(run=False)
+    sent = [session.send("VCPU_GET_INFO"), session.send("VCPU_GET_REGISTERS", nmsrs=0)]
+    continues(session)
+    vm.run()
+    for pending in sent:
+        pending.reply(5).ok()
+    vm.progresses()
