@@ -15,10 +15,12 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -59,6 +61,9 @@ INTERRUPT_GRACE_S = 60.0
 STALLED_S = 900.0
 """When nothing at all moved for so long, pytest itself is stuck: limits of tests are shorter."""
 
+FULL_BYTES = 1 << 20
+"""With less than this left, a disk counts as full."""
+
 _USAGE, _NO_TESTS = 4, 5  # pytest.ExitCode, which is slow to import
 
 
@@ -97,6 +102,9 @@ def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -
     :returns: the exit code, as of :func:`conform`.
     """
     code, reason = _run_pytest(run_dir, arguments, root)
+    if shutil.disk_usage(run_dir).free < FULL_BYTES:
+        reason = f"no space left on the disk of {run_dir}"
+        print(f"error: {reason}; the verdicts so far are kept", file=sys.stderr)
     _account(run_dir, reason or _death(code))
     return _tell(run_dir, code, arguments)
 
@@ -343,11 +351,17 @@ def _account(run_dir: Path, reason: str) -> None:
 def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
     """Make the documents, print the summary, and settle the exit code."""
     log = run_dir / "pytest.log"
+    rendered = True
     try:
-        view = render(run_dir)
+        render(run_dir, ("junit", "html"))
     except HarnessError as error:
+        rendered = False
         print(f"error: {error}", file=sys.stderr)
-        view = render(run_dir, ())
+    except Exception:
+        # A defect in a document must not hide what the run found out.
+        rendered = False
+        traceback.print_exc()
+    view = render(run_dir, ("summary",))
     if not view.verdicts and code == _NO_TESTS:
         raise UsageError(
             f"no test matches {shlex.join(arguments)}",
@@ -357,11 +371,12 @@ def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
         raise UsageError(f"pytest cannot run these tests; see {log}", details=_errors_in(log))
     if not view.verdicts:
         raise InfraError(f"pytest ran nothing; see {log}", details=_errors_in(log))
-    print(f"Report: {run_dir / 'report.html'}")
+    if rendered:
+        print(f"Report: {run_dir / 'report.html'}")
     if view.bad_tests:
         few = [test.test for test in view.bad_tests[:5]]
         print(f"Run {'them' if len(few) > 1 else 'it'} again: {view.rerun(few)}")
-    return _settled(view.exit_code, code)
+    return _settled(view.exit_code, code if rendered else InfraError.exit_code)
 
 
 def _settled(verdicts: int, pytest_code: int) -> int:

@@ -26,6 +26,7 @@ from harness.plugin.processes import die_with_parent, parent_of
 from harness.report.model import (
     End,
     Outcome,
+    Planned,
     RunFacts,
     Verdict,
     clauses_or_none,
@@ -228,12 +229,16 @@ class Controller:
         plan = read_plan(self._session.run_dir) if self._session.run_dir.is_dir() else []
         if not plan and self._file is None:
             return
-        why = self._why(session, exitstatus)
+        # Where the disk is full, whoever reads the run finds out what it owes from the plan.
+        with contextlib.suppress(OSError):
+            self._finish(plan, self._why(session, exitstatus))
+
+    def _finish(self, plan: list[Planned], why: str) -> None:
         lost = missing(plan, self._verdicts, reason=why or "it never came to its turn")
         for verdict in lost:
-            self._write(
-                msgspec.structs.replace(verdict, target=self._target(), series=self._series())
-            )
+            placed = msgspec.structs.replace(verdict, target=self._target(), series=self._series())
+            self._opened().write(placed)
+            self._verdicts.append(placed)
         self._opened().write(
             End(
                 finished=utc_now(),

@@ -65,10 +65,17 @@ class TestState:
     timeline: Timeline | None = None
 
     def save(self, name: str, text: str) -> None:
-        """Save a piece of evidence as text; nothing is made of nothing."""
-        if text.strip():
+        """Save a piece of evidence as text; nothing is made of nothing.
+
+        A full disk costs the evidence, which is noted, but not the verdict.
+        """
+        if not text.strip():
+            return
+        try:
             self.evidence.mkdir(parents=True, exist_ok=True)
             (self.evidence / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            self.notes.append(f"{name} could not be saved: {error.strerror}")
 
     def settle(self, lease: Lease, *, quiet_s: float) -> None:
         """End the use of a host: keep its kernel's words, and judge it."""
