@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -143,42 +141,3 @@ def test_the_controller_is_killed(suite: Suite) -> None:
     assert run.notes
     outcomes = [v.verdict for v in run.all_verdicts()]
     assert outcomes == [Outcome.PASS] + [Outcome.MISS] * 4
-
-
-def test_interrupted(suite: Suite) -> None:
-    """Ctrl-C: everything that did not come to its end is MISS, and the run has an end."""
-    process, workers = start_slow(suite)
-    os.kill(process.pid, signal.SIGINT)
-    process.wait(timeout=30)
-    wait_until(lambda: not any(map(alive, workers)), "workers end with their controller")
-    verdicts = suite.verdicts()
-    assert verdicts.pop("test_quick") == "PASS"
-    assert set(verdicts.values()) == {"MISS"}
-    assert len(verdicts) == 4
-    assert suite.records("end")[0]["exit_code"] == 4
-
-
-def test_controller_ends_with_the_one_who_started_it(suite: Suite) -> None:
-    """The process that started pytest is killed: pytest and its workers end too."""
-    suite.write(SLOW)
-    script = (
-        "import os, subprocess, sys\n"
-        "os.environ['KVMI_PARENT_PID'] = str(os.getpid())\n"
-        "process = subprocess.Popen([sys.executable, '-m', 'pytest', *sys.argv[1:]])\n"
-        "print(process.pid, flush=True)\n"
-        "process.wait()\n"
-    )
-    starter = subprocess.Popen(
-        [sys.executable, "-c", script, *suite.options("-n2")],
-        cwd=suite.pytester.path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert starter.stdout is not None
-    controller = int(starter.stdout.readline())
-    with starter.stdout:
-        wait_until(lambda: len(list(suite.pytester.path.glob("pid*"))) == 2, "two slow tests")
-    workers = [int(p.name.removeprefix("pid")) for p in suite.pytester.path.glob("pid*")]
-    starter.kill()
-    starter.wait()
-    wait_until(lambda: not any(map(alive, [controller, *workers])), "all end")
