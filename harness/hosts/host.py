@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 import paramiko
 
@@ -21,6 +21,7 @@ from harness.hosts.ssh import Keys, Shell, login_until
 __all__ = ["Host", "Machine"]
 
 _TUNNEL_TIMEOUT_S = 10.0
+_DYING_S = 2.0
 _CHUNK = 65536
 
 
@@ -30,8 +31,11 @@ class Machine(Protocol):
     def dial(self) -> socket.socket:
         """A new connection to the host's SSH port; an OSError if nothing listens."""
 
-    def ended(self) -> str | None:
-        """None while the machine is there; otherwise what became of it, for people."""
+    def ended(self, *, within_s: float = 0.0) -> str | None:
+        """What became of the machine, for people; None if it is still there.
+
+        :param within_s: how long to wait for its end.
+        """
 
     def crashed(self) -> bool:
         """Whether the machine ended in the way a dying kernel ends it, even silently."""
@@ -62,7 +66,8 @@ class Host(Shell):
         :param name: for messages.
         :param evidence: the directory with the logs of this host.
         """
-        super().__init__(name)
+        super().__init__(f"host {name}")
+        self.name = name
         self.evidence = evidence
         self.console = console
         self.keys = keys
@@ -138,6 +143,11 @@ class Host(Shell):
         self.wait_up(timeout_s=_TUNNEL_TIMEOUT_S)
         assert self._connection is not None
         return self._connection
+
+    def _broken(self, doing: str, error: BaseException) -> NoReturn:
+        # Its network is the first of a dying machine to go, its process the last.
+        self._machine.ended(within_s=_DYING_S)
+        super()._broken(doing, error)
 
     def tunnel(
         self, port: int, *, address: str = "127.0.0.1", timeout_s: float = _TUNNEL_TIMEOUT_S

@@ -248,8 +248,9 @@ class RemoteProcess:
 class Shell:
     """Commands over one SSH connection. Thread-safe; commands may run at the same time."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, what: str) -> None:
+        self.what = what
+        """What it reaches, for messages."""
 
     def _transport(self) -> paramiko.Transport:
         """The connection, made again if it broke and that makes sense."""
@@ -263,7 +264,7 @@ class Shell:
         """The best error for a connection that failed: the machine's own comes first."""
         self.check()
         text = str(error) or type(error).__name__
-        raise InfraError(f"{self.name}: the SSH connection failed during `{doing}`: {text}")
+        raise InfraError(f"{self.what}: the SSH connection failed during `{doing}`: {text}")
 
     def _open(self, command: str, timeout_s: float) -> paramiko.Channel:
         try:
@@ -299,7 +300,7 @@ class Shell:
             if not ended:
                 self.check()
                 raise DeadlineError(
-                    f"{self.name}: `{command}` did not end within {timeout_s:g} s",
+                    f"{self.what}: `{command}` did not end within {timeout_s:g} s",
                     hint="the host's console may say why",
                 )
         status = int(channel.exit_status)
@@ -310,7 +311,7 @@ class Shell:
             self.check()
             messages = (stderr or stdout).decode(errors="replace").strip()
             raise InfraError(
-                f"{self.name}: `{command}` ended with status {status}", details=messages
+                f"{self.what}: `{command}` ended with status {status}", details=messages
             )
         return done
 
@@ -363,7 +364,7 @@ class GuestShell(Shell):
         :raises HostCrashedError: the host's kernel died meanwhile.
         :raises LostHostError: the host went away.
         """
-        super().__init__(f"guest at port {port} of {host.name}")
+        super().__init__(f"guest at port {port} of host {host.name}")
         self._host = host
         self._connection = login_until(
             lambda: host.tunnel(port), host.keys, timeout_s=timeout_s, check=host.check

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from harness.build import cache, progress
 from harness.build.run import output_of
-from harness.errors import DeadlineError, InfraError, LostHostError, UsageError
+from harness.errors import DeadlineError, HarnessError, InfraError, LostHostError, UsageError
 from harness.hosts import process
 from harness.hosts.base import MachineFacts
 from harness.hosts.console import Console
@@ -79,6 +79,8 @@ KERNEL_OPTIONS = (
     # The rate of that clock is measured outside, see harness/hosts/tsc.py; a difference to
     # what the kernel then finds out itself is nothing for KVM to refuse its work over.
     "kvm.tsc_tolerance_ppm=5000",
+    # The same with its check at boot that the timer ticks, which ends in a panic.
+    "no_timer_check",
     # The same with its lockup detectors, which run in real time: an emulated CPU gets
     # none while the machine is busy with others.
     "watchdog_thresh=60", "rcupdate.rcu_cpu_stall_timeout=120",
@@ -155,8 +157,18 @@ class TcgTarget:
         )
         with progress.step("Boot a host and save it"):
             for _ in range(_BOOT_TRIES):
-                if self._boot_and_save(template, place):
-                    break
+                try:
+                    if self._boot_and_save(template, place):
+                        break
+                except HarnessError as error:
+                    # The directory will be gone with all that is in it.
+                    logs = self._settings.cache / "logs"
+                    logs.mkdir(exist_ok=True)
+                    for path in (place.console, place.log):
+                        with contextlib.suppress(OSError):
+                            shutil.copyfile(path, logs / f"template-{path.name}")
+                    error.hint = f"its console is kept as {logs / 'template-console.log'}"
+                    raise
             else:
                 raise InfraError(
                     f"the clock of a booted host was off in each of {_BOOT_TRIES} tries",
@@ -424,9 +436,10 @@ class _Emulator:
             return self.place.log.read_text(errors="replace").strip()
         return ""
 
-    def ended(self) -> str | None:
-        status = self._child.poll()
-        if status is None:
+    def ended(self, *, within_s: float = 0.0) -> str | None:
+        try:
+            status = self._child.wait(within_s)
+        except subprocess.TimeoutExpired:
             return None
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         last = self._last_words().splitlines()[-1:]
