@@ -64,7 +64,8 @@ _OPTIONS = {
     "qemu_series": "directory of QEMU's patches",
     "flavour": "kernel configuration fragment on top of base",
     "reports": "directory of the reports",
-    "select": "only those whose name or clause matches (as pytest -k)",
+    "select": "only these clauses (patterns), test files, or an expression of pytest -k",
+    "repeat": "run each test so many times, until one is not good",
     "run": "directory of the run (default: the latest)",
     "which": "kernel or qemu",
     "directory": "of the tree (default: in the cache)",
@@ -142,7 +143,6 @@ def build_qemu(_context: Context, qemu_series: str | None = None) -> None:
 
 def _build_images(**options: Any) -> None:
     from harness.build.images import build_images as build
-
     from harness.build.kernel import build_kernel
     from harness.build.qemu import build_qemu
 
@@ -272,6 +272,7 @@ def conform(
     target: str | None = None,
     workers: str | None = None,
     select: str | None = None,
+    repeat: int = 1,
     kernel_series: str | None = None,
     qemu_series: str | None = None,
     flavour: str | None = None,
@@ -288,7 +289,7 @@ def conform(
         flavour=flavour,
         reports=reports,
     )
-    return run(settings, select=select)
+    return run(settings, select=select, repeat=repeat)
 
 
 @_task()

@@ -61,6 +61,7 @@ PACKAGES = (
     Package("bison", "bison", "kernel build: its configuration language"),
     Package("flex", "flex", "kernel build: its configuration language"),
     Package("libelf-dev", "/usr/include/gelf.h", "kernel build: objtool"),
+    Package("lz4", "lz4", "kernel build: packs the kernel"),
     # QEMU.
     Package("pkg-config", "pkg-config", "QEMU build: finds libraries"),
     Package("python3-venv", "module:ensurepip", "QEMU build: meson in an environment of its own"),
