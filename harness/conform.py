@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -67,12 +67,19 @@ FULL_BYTES = 1 << 20
 _USAGE, _NO_TESTS = 4, 5  # pytest.ExitCode, which is slow to import
 
 
-def conform(settings: Settings, *, select: str | None = None, repeat: int = 1) -> int:
+def conform(
+    settings: Settings,
+    *,
+    select: str | None = None,
+    repeat: int = 1,
+    suites: Sequence[str] = SUITES,
+) -> int:
     """Hold the series of the settings to the suite.
 
     :param select: clauses (``HOOK-OK``, ``EVT-*``), tests (a file or pytest's node id), or
         an expression for pytest's ``-k``; several of the first two, separated by blanks.
     :param repeat: run each test so many times, and stop at the first that is not good.
+    :param suites: directories of tests that ``select`` chooses from.
     :returns: the exit code: 0 all held, 1 a promise was broken, 2 usage, 4 our own side or
         the machine.
     :raises UsageError: ``select`` names nothing.
@@ -83,7 +90,7 @@ def conform(settings: Settings, *, select: str | None = None, repeat: int = 1) -
     Afterwards the run's directory holds verdicts and documents, also if this ends with an
     exception after the first test began.
     """
-    arguments = selection(select)
+    arguments = selection(select, suites)
     run_dir = new_run_dir(settings.reports)
     workers = settings.workers
     _prepare(settings, run_dir, select=select or "", repeat=repeat)
@@ -124,13 +131,13 @@ def report(settings: Settings, *, run: Path | None = None) -> int:
 # -- what runs ----------------------------------------------------------------------------------
 
 
-def selection(select: str | None) -> list[str]:
+def selection(select: str | None, suites: Sequence[str] = SUITES) -> list[str]:
     """Arguments for pytest that choose what ``select`` names.
 
     :raises UsageError: a clause or file that does not exist.
     """
     if not select or not select.strip():
-        return list(SUITES)
+        return list(suites)
     # Blanks within the brackets of a parametrised test are part of its name.
     words = [word for word in re.split(r"[\s,]+(?![^\[]*\])", select.strip()) if word]
     if all(
@@ -138,13 +145,13 @@ def selection(select: str | None) -> list[str]:
     ):
         for word in words:
             _check_clause(word)
-        return [*(f"--kvmi-clause={word}" for word in words), *SUITES]
+        return [*(f"--kvmi-clause={word}" for word in words), *suites]
     if all("::" in word or word.endswith(".py") or "/" in word for word in words):
         for word in words:
             if not (paths.ROOT / word.partition("::")[0]).exists():
                 raise UsageError(f"there is no {word.partition('::')[0]} in {paths.ROOT}")
         return words
-    return ["-k", select, *SUITES]
+    return ["-k", select, *suites]
 
 
 def _check_clause(pattern: str) -> None:

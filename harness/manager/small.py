@@ -215,11 +215,14 @@ class SmallManager:
         :raises ConformanceError: a vCPU thread does not come out of the kernel although
             its VM was unhooked, its socket shut down and the thread signalled.
         """
-        stuck = self.link.call(
-            "reset",
-            timeout_s=timeout_s,
-            unhook=self.profile.ioctls["UNHOOK"].request,
-        )
+        try:
+            stuck = self.link.call(
+                "reset", timeout_s=timeout_s, unhook=self.profile.ioctls["UNHOOK"].request
+            )
+        except DeadlineError as error:
+            raise ConformanceError(
+                "the device manager does not come out of UNHOOK, though its sockets are shut down"
+            ) from error
         if stuck:
             raise ConformanceError(
                 f"vCPU threads of {', '.join(stuck)} stay in KVM_RUN {timeout_s:.0f} s after "

@@ -11,7 +11,7 @@ from conftest import Lab
 from harness.abi import Profile
 from harness.build.kernel import resolve_options
 from harness.errors import UsageError
-from harness.hosts import Target
+from harness.hosts import Host
 from harness.manager.small import KVM_CHECK_EXTENSION, PARAMETER, SmallManager, SmallVm
 from harness.plugin import skip_clause
 from harness.settings import Settings
@@ -69,24 +69,21 @@ def test_parameter_is_writable(lab: Lab, profile: Profile) -> None:
 
 
 @pytest.mark.clause("MODPARAM-DEFAULT-OFF")
+@pytest.mark.boot_without("kvm.introspection=1")
 def test_parameter_is_off_by_default(
-    target: Target, profile: Profile, settings: Settings, evidence: Path
+    fresh_host: Host, profile: Profile, settings: Settings
 ) -> None:
     """A host that boots without kvm.introspection on its command line has it off."""
-    option = f"kvm.{profile.module_parameter}=1"
-    with target.start(
-        name="default-off", evidence=evidence / "host", without_options=(option,)
-    ) as host:
-        manager = SmallManager(host, profile=profile, cache=settings.cache)
-        try:
-            assert manager.read_file(PARAMETER + profile.module_parameter).strip() == "N"
-            assert manager.capability(profile.capability) == 0
-            vm = manager.create_vm()
-            assert vm.hook(-1) == "EPERM"
-            assert vm.unhook() == "EPERM"
-            assert vm.preunhook() == "EPERM"
-        finally:
-            manager.close()
+    manager = SmallManager(fresh_host, profile=profile, cache=settings.cache)
+    try:
+        assert manager.read_file(PARAMETER + profile.module_parameter).strip() == "N"
+        assert manager.capability(profile.capability) == 0
+        vm = manager.create_vm()
+        assert vm.hook(-1) == "EPERM"
+        assert vm.unhook() == "EPERM"
+        assert vm.preunhook() == "EPERM"
+    finally:
+        manager.close()
 
 
 @pytest.mark.clause("KCONFIG-DEFAULT-N")

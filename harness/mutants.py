@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Does the suite notice defects? Breaks the kernel on purpose, one way at a time.
+
+Each mutant is a patch on top of the kernel series, in ``tests/mutants``, with the clauses
+that must turn red. It is built incrementally, booted, and held to the tests of these
+clauses; it is killed when every one of them has a FAIL. A survivor shows a hole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import paths
+from harness.build.progress import note
+from harness.conform import conform
+from harness.errors import BuildError, InfraError, UsageError
+from harness.report.model import Outcome
+from harness.report.store import last_run, load_run
+
+if TYPE_CHECKING:
+    from harness.settings import Settings
+
+__all__ = ["MUTANTS", "Mutant", "load_mutants", "run"]
+
+MUTANTS = paths.ROOT / "tests" / "mutants"
+SUITE = "tests/conformance"
+
+# Kinds of the cache that hold what depends on the mutated kernel. They are made in a cache
+# beside the usual one and thrown away after each mutant: a saved host takes a gigabyte.
+_PASSING = ("kernel", "initrd", "host-disk", "guest-disk", "template")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break the kernel, and the clauses that must notice it."""
+
+    name: str
+    patch: Path
+    red: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Result:
+    mutant: Mutant
+    survived: tuple[str, ...]
+    """Clauses that should have turned red and did not."""
+    report: Path
+
+
+def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
+    """Read ``mutants.toml`` and check it against the patches beside it and the clauses.
+
+    :raises UsageError: a patch without entry or an entry without patch, or an unknown clause.
+    """
+    from harness.abi import load_clauses
+
+    source = directory / "mutants.toml"
+    try:
+        entries = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{source} cannot be read: {error}") from error
+    mutants = [
+        Mutant(name, directory / f"{name}.patch", tuple(entry.get("red", ())))
+        for name, entry in sorted(entries.items())
+    ]
+    faults = [f"{mutant.name}: there is no {mutant.patch}" for mutant in mutants
+              if not mutant.patch.is_file()]  # fmt: skip
+    faults += [
+        f"{path.name} has no entry"
+        for path in sorted(directory.glob("*.patch"))
+        if path.stem not in entries
+    ]
+    known = load_clauses()
+    for mutant in mutants:
+        if not mutant.red:
+            faults.append(f"{mutant.name} names no clause")
+        faults += [f"{mutant.name}: no clause {one}" for one in mutant.red if one not in known]
+    if faults:
+        raise UsageError(f"{source}: {'; '.join(faults)}")
+    return mutants
+
+
+def run(settings: Settings, *, select: str | None = None) -> int:
+    """Break the kernel in every way that ``tests/mutants`` knows, and see what notices.
+
+    :param select: names of mutants, separated by blanks; all by default.
+    :returns: 0 when all were noticed, 1 when one survived.
+    :raises UsageError: an unknown name.
+    :raises BuildError: a mutant does not apply or compile: its patch has to follow the series.
+    """
+    mutants = load_mutants()
+    names = set((select or "").replace(",", " ").split())
+    if unknown := names - {mutant.name for mutant in mutants}:
+        raise UsageError(
+            f"there is no mutant {', '.join(sorted(unknown))}",
+            hint=f"there are: {', '.join(mutant.name for mutant in mutants)}",
+        )
+    chosen = [mutant for mutant in mutants if not names or mutant.name in names]
+    results = []
+    for number, mutant in enumerate(chosen, 1):
+        note(f"Mutant {number} of {len(chosen)}: {mutant.name}")
+        results.append(_run(settings, mutant))
+        note(f"Mutant {mutant.name}: {_verdict(results[-1])}")
+    survivors = [result for result in results if result.survived]
+    print(f"\n{len(results) - len(survivors)} of {len(results)} mutants were noticed")
+    for result in survivors:
+        print(f"  {result.mutant.name} survived: {_verdict(result)}; see {result.report}")
+    return 1 if survivors else 0
+
+
+def _reports(settings: Settings) -> Path:
+    """Mutants have reports of their own: the newest run is the newest of a real series."""
+    return settings.reports / "mutants"
+
+
+def _verdict(result: _Result) -> str:
+    if result.survived:
+        return f"{', '.join(result.survived)} did not turn red"
+    return f"noticed by {', '.join(result.mutant.red)}"
+
+
+def _run(settings: Settings, mutant: Mutant) -> _Result:
+    with _mutated(settings, mutant) as mutated:
+        try:
+            conform(mutated, select=" ".join(mutant.red), suites=(SUITE,))
+        except BuildError as error:
+            raise BuildError(
+                f"mutant {mutant.name}: {error.message}",
+                hint=f"make {mutant.patch} follow the series",
+                details=error.details,
+            ) from error
+    found = load_run(last_run(_reports(settings)))
+    failed = {verdict.clause for verdict in found.verdicts if verdict.verdict is Outcome.FAIL}
+    survived = tuple(clause for clause in mutant.red if clause not in failed)
+    return _Result(mutant, survived, found.path)
+
+
+@contextmanager
+def _mutated(settings: Settings, mutant: Mutant) -> Iterator[Settings]:
+    """Settings with the mutant's series and a cache for what is made of it."""
+    usual = settings.cache
+    root = usual / "mutants"
+    shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
+    root.mkdir(parents=True)
+    try:
+        for kind in usual.iterdir():
+            if kind.is_dir() and kind.name not in (*_PASSING, root.name):
+                (root / kind.name).symlink_to(kind)
+        series = root / "linux"
+        series.mkdir()
+        for patch in sorted(settings.kernel_series.glob("*.patch")):
+            shutil.copy(patch, series)
+        shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
+        yield dataclasses.replace(
+            settings, cache=root, kernel_series=series, reports=_reports(settings), workers=1
+        )
+    except OSError as error:
+        raise InfraError(f"mutant {mutant.name}: {error}") from error
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
