@@ -4,8 +4,8 @@
 The kernel's parent-death signal (prctl(2), PR_SET_PDEATHSIG) does it, with two catches
 that this module takes care of. The signal comes when the *thread* that made the process
 ends, so all processes are made by one thread that lives as long as ours. And if we die
-between the child's birth and its prctl, no signal ever comes; so the child waits for a
-word from us after it asked for the signal, and reads the end of the pipe instead.
+between the child's birth and its prctl, no signal ever comes; so the child speaks up
+after its prctl and waits for our answer, which a dead parent does not give.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ from harness.errors import InfraError, UsageError
 __all__ = ["end", "start"]
 
 _GRACE_S = 5.0
+_GATE_TIMEOUT_S = 20.0
 # setpriv and sh exec the program in place, so its process id is the one we know.
-_GATE = 'read -r word && [ "$word" = go ] && exec "$@" </dev/null'
+_GATE = 'echo ready >&0 && read -r word && [ "$word" = go ] && exec "$@" </dev/null'
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,28 @@ def start(
 
 
 def _spawn(order: _Order) -> subprocess.Popen[bytes]:
-    with order.stderr.open("ab") as log:
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _GATE, "sh", *order.argv],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=order.pass_fds,
-            start_new_session=True,
-        )
-    assert process.stdin is not None
-    try:
-        process.stdin.write(b"go\n")
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # it ended already; whoever waits for it reads why in its log
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with order.stderr.open("ab") as log:
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", _GATE, "sh", *order.argv],
+                stdin=theirs.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=order.pass_fds,
+                start_new_session=True,
+            )
+        theirs.close()
+        ours.settimeout(_GATE_TIMEOUT_S)
+        try:
+            ours.recv(16)
+            ours.sendall(b"go\n")
+        except TimeoutError:
+            process.kill()
+            process.wait()
+            raise
+        except OSError:
+            pass  # it ended already; whoever waits for it reads why in its log
     return process
 
 

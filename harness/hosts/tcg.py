@@ -451,7 +451,8 @@ class _Emulator:
         return self._child.poll() == 0 and "terminating on signal" not in self._last_words()
 
     def _check(self) -> None:
-        if (ended := self.ended()) is not None:
+        # Asked when the control connection failed, which it does before the process is gone.
+        if (ended := self.ended(within_s=1.0)) is not None:
             raise LostHostError(
                 f"host {self.place.name} is gone: {ended}",
                 hint=f"the emulator's log is {self.place.log}",
