@@ -83,7 +83,7 @@ def test_any_tool_without_key(stage: Stage) -> None:
     sock, _ = tool.hello()
     sock.sendall(ANSWER.pack(ANSWER.size, b"\xa5" * 20))
     tool.greeted(sock)
-    assert "without" in guest.program.wait_line("key").lower()
+    assert "warning" in guest.program.wait_line("key").lower()
 
 
 @pytest.mark.clause("QEMU-HSK-IN-LAYOUT", "QEMU-HSK-COOKIE")
@@ -157,6 +157,7 @@ def test_short_answer(stage: Stage, size: int) -> None:
     """
     tool = stage.tool()
     stage.idle(tool, handshake_timeout_s=2)
+    tool.hello()[0].close()
     sock, _ = tool.hello()
     began = time.monotonic()
     sock.sendall(ANSWER.pack(size, bytes(20))[: max(size, 4)])
@@ -176,6 +177,8 @@ def test_handshake_timeout(stage: Stage, part: bytes) -> None:
     """A tool that does not complete its answer is dropped after handshake_timeout; QEMU retries."""
     tool = stage.tool()
     stage.idle(tool, handshake_timeout_s=1)
+    # Nobody knows when QEMU sent its first record: it may have waited for us since.
+    tool.hello()[0].close()
     sock, _ = tool.hello()
     began = time.monotonic()
     sock.sendall(part)
