@@ -43,6 +43,9 @@ MARKS = {
 _FIRST_EVIDENCE = ("transcript", "kernel_log", "failure", "failure_teardown", "timeline")
 
 
+UNFOLDED = 5
+"""How many problems are shown in full at first."""
+
 _FILES = ("verdicts.jsonl", "junit.xml", "pytest.log", "settings.json", "build.json")
 
 
@@ -124,6 +127,7 @@ def render_html(view: RunView) -> str:
         anchors=anchors,
         problems=[_problem(view, test, anchors[test.test]) for test in view.bad_tests],
         sequences=[_sequence(view, test, anchors[test.test]) for test in view.sequences],
+        unfolded=UNFOLDED,
         lanes=lanes,
         lane_ticks=ticks(span_s),
         span_s=span_s,

@@ -22,13 +22,16 @@ from rich.text import Text
 
 from harness.counters import Counters, SlotSnapshot, attach
 from harness.report.charts import duration
-from harness.report.model import Outcome, Verdict, count
+from harness.report.model import Outcome, Verdict, combine, count
 from harness.report.store import VERDICTS, read_plan
 from harness.report.summary import STYLES
 
 __all__ = ["LiveView", "Progress"]
 
 LINE_EVERY_S = 15.0
+
+NAMES = 3
+"""How many clauses of a bad test are named at once."""
 
 
 @dataclass
@@ -111,9 +114,12 @@ class LiveView:
 
     def update(self) -> object:
         """Look again, and show. Gives something that changes whenever the run moves on."""
+        bad: dict[str, list[Verdict]] = {}
         for verdict in self.progress.update():
             if verdict.verdict.bad:
-                self._tell(verdict)
+                bad.setdefault(verdict.test, []).append(verdict)
+        for verdicts in bad.values():
+            self._tell(verdicts)
         self._slots = self._read_slots()
         now = time.monotonic()
         for slot in self._slots:
@@ -137,11 +143,16 @@ class LiveView:
             self._counters = attach(path)
         return [slot for slot in self._counters.read() if slot.used]
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _tell(self, verdicts: list[Verdict]) -> None:
+        """One line for one bad test, whatever the number of its clauses."""
+        worst = combine(verdict.verdict for verdict in verdicts)
+        blamed = [verdict for verdict in verdicts if verdict.verdict is worst]
+        names = [verdict.clause or verdict.test for verdict in blamed]
+        more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
         text = Text.assemble(
-            (f"{verdict.verdict:<5} ", STYLES[verdict.verdict]),
-            (verdict.clause or verdict.test, "bold"),
-            f"  {verdict.reason}",
+            (f"{worst:<5} ", STYLES[worst]),
+            (" ".join(names[:NAMES]) + more, "bold"),
+            f"  {blamed[0].reason}",
         )
         self._console.print(text, soft_wrap=True)
 

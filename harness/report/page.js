@@ -47,11 +47,13 @@ const unfold = () => {
   for (let at = aim; at; at = at.parentElement) {
     if (at.tagName === "DETAILS") at.open = true;
   }
+  const whole = aim && aim.querySelector(":scope > .whole");
+  if (whole) whole.open = true;
   if (aim) aim.scrollIntoView();
 };
 addEventListener("hashchange", unfold);
 unfold();
 
 addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll(".group, .problem > details")) fold.open = true;
+  for (const fold of document.querySelectorAll(".group, .whole, .whole > details")) fold.open = true;
 });
