@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from harness.build.progress import Step
 from harness.build.run import output_of, run_logged
@@ -145,6 +146,8 @@ def _deb822_style(text: str) -> Iterator[Archive]:
 class Apt:
     """apt with its state in ``place`` and the package sources that it is given.
 
+    A context manager: leaving it deletes the state.
+
     :param place: a directory of ours, made as needed. Nothing in it is worth keeping.
     :param stanzas: entries in the deb822 format.
     :param log: where apt's output goes.
@@ -249,6 +252,9 @@ class Apt:
         )
         return next(into.glob(f"{package}_*.dsc"))
 
-    def close(self) -> None:
-        """Delete the lists: they are large, and the next time newer ones are wanted."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Large, and the next time newer lists are wanted.
         shutil.rmtree(self._place, ignore_errors=True)

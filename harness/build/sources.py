@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.build import cache
-from harness.build.archive import Apt, machine_archives, machine_codename, primary
+from harness.build.archive import Apt, Archive, machine_archives, machine_codename, primary
 from harness.build.progress import Step, step
 from harness.build.run import bound_to_us, run_logged
 from harness.errors import BuildError
@@ -108,13 +108,13 @@ def _fetch_into(into: Path, package: str, root: Path, progress: Step) -> tuple[P
     codename = machine_codename()
     archives = machine_archives(codename)
     base = primary(archives, codename)
-    release = type(base)(base.uri, RELEASE, ("main",), base.options)
+    release = Archive(base.uri, RELEASE, ("main",), base.options)
     log = root / "logs" / f"fetch-{package}.log"
     log.unlink(missing_ok=True)
     if package == QEMU_PACKAGE:
-        apt = Apt(root / "apt", [release.stanza("deb-src")], log=log)
-        apt.update(progress)
-        main_file = apt.source(package, into, progress)
+        with Apt(root / "apt", [release.stanza("deb-src")], log=log) as apt:
+            apt.update(progress)
+            main_file = apt.source(package, into, progress)
         found = re.search(r"^Version: (\S+)", main_file.read_text(errors="replace"), re.MULTILINE)
         version = found[1] if found else "?"
         if f":{QEMU_VERSION}." not in f":{version.rpartition(':')[2]}":
@@ -122,22 +122,18 @@ def _fetch_into(into: Path, package: str, root: Path, progress: Step) -> tuple[P
                 f"the archive's {RELEASE} has QEMU {version}, not {QEMU_VERSION}",
                 hint="the series is for that version; point qemu_series to one for yours",
             )
-    else:
-        # The machine's own release first: it is what its user would build from.
-        for offered in (archives, [release]):
-            apt = Apt(root / "apt", [one.stanza() for one in offered], log=log)
+        return main_file, version
+    # The machine's own release first: it is what its user would build from.
+    for offered in (archives, [release]):
+        with Apt(root / "apt", [one.stanza() for one in offered], log=log) as apt:
             apt.update(progress)
             if versions := apt.versions(package):
-                break
-        else:
-            raise BuildError(
-                f"no suite of {base.uri} that fits this machine has {package}",
-                hint=f"looked in {', '.join(one.suite for one in [*archives, release])}",
-            )
-        version = versions[0][0]
-        main_file = apt.download(package, version, into, progress)
-    apt.close()
-    return main_file, version
+                version = versions[0][0]
+                return apt.download(package, version, into, progress), version
+    raise BuildError(
+        f"no suite of {base.uri} that fits this machine has {package}",
+        hint=f"looked in {', '.join(one.suite for one in [*archives, release])}",
+    )
 
 
 def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
