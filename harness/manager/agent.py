@@ -426,13 +426,26 @@ class Agent:
         """Write guest memory through the manager's mapping."""
         self.vms[request["vm"]].write(request["gpa"], base64.b64decode(request["data"]))
 
+    def op_add_u64(self, request: Request) -> int:
+        """Add to a word of guest memory that the guest does not write; answer the sum."""
+        vm, gpa = self.vms[request["vm"]], request["gpa"]
+        value = vm.u64(gpa) + int(request["value"])
+        vm.write(gpa, struct.pack("<Q", value))
+        return value
+
     def op_wait_u64(self, request: Request) -> Request:
-        """Wait until a word of guest memory compares as asked; answer the last value."""
+        """Wait until a word of guest memory compares as asked; answer the last value.
+
+        With ``relative`` the wanted value counts from what the word is now.
+        """
         vm, holds = self.vms[request["vm"]], COMPARE[request["compare"]]
+        wanted = request["value"]
+        if request.get("relative"):
+            wanted += vm.u64(request["gpa"])
         deadline = time.monotonic() + request["limit_s"]
         while True:
             value = vm.u64(request["gpa"])
-            if holds(value, request["value"]):
+            if holds(value, wanted):
                 return {"value": value, "met": True}
             if time.monotonic() >= deadline:
                 return {"value": value, "met": False}

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from harness.abi import Profile
 from harness.errors import ConformanceError, SessionClosed
-from harness.manager.small import SmallManager, SmallVm
+from harness.manager.small import SmallManager
+from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import EventMessage, Session
 from harness.tool.framing import HEADER, frame, read_exactly

@@ -29,7 +29,8 @@ from checks import RawTool
 from harness.abi import Codec, Profile
 from harness.counters import SlotWriter
 from harness.hosts import Host
-from harness.manager.small import SmallManager, SmallVm
+from harness.manager.small import SmallManager
+from harness.manager.smallvm import SmallVm
 from harness.plugin.pool import PerHost
 from harness.settings import Settings
 from harness.tool import Listener, Session, Transcript
@@ -86,19 +87,19 @@ class Lab:
     def hook(self, vm: SmallVm, *, allow: bool = True) -> Session:
         """Hook a guest, and allow all commands and events unless told otherwise."""
         fd, sock = self.connect(vm)
-        assert vm.hook(fd) == "OK"
         if allow:
-            assert vm.command(-1) == "OK"
-            assert vm.event(-1) == "OK"
+            assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+        else:
+            assert vm.hook(fd) == "OK"
         return self.session(sock)
 
     def raw(self, vm: SmallVm, *, allow: bool = True) -> RawTool:
         """Like :meth:`hook`, for a test that writes and reads the bytes itself."""
         fd, sock = self.connect(vm)
-        assert vm.hook(fd) == "OK"
         if allow:
-            assert vm.command(-1) == "OK"
-            assert vm.event(-1) == "OK"
+            assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+        else:
+            assert vm.hook(fd) == "OK"
         raw = RawTool(sock)
         self._open.append(raw)
         return raw

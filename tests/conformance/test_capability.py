@@ -12,7 +12,8 @@ from harness.abi import Profile
 from harness.build.kernel import resolve_options
 from harness.errors import UsageError
 from harness.hosts import Host
-from harness.manager.small import KVM_CHECK_EXTENSION, PARAMETER, SmallManager, SmallVm
+from harness.manager.small import KVM_CHECK_EXTENSION, PARAMETER, SmallManager
+from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.settings import Settings
 

@@ -8,7 +8,7 @@ from checks import continues, enable, next_event_of, requires, silent, supported
 from conftest import Lab
 
 from harness.abi import Profile
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import Session
 

@@ -12,7 +12,7 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.manager.payloads import REGS
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.tool import EventMessage, Session
 
 NAMES = ("PAUSE", "HYPERCALL", "BREAKPOINT")

@@ -15,7 +15,7 @@ from checks import (
 from conftest import Lab
 
 from harness.abi import Profile
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.plugin.fixtures import ClauseNotes
 from harness.tool import Session
 

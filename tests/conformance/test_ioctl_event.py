@@ -10,7 +10,7 @@ from checks import allowed_events, continues, supported_events
 from conftest import Lab
 
 from harness.abi import Profile
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.plugin.fixtures import ClauseNotes
 from harness.tool import Session
 

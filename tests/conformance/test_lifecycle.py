@@ -11,11 +11,11 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.hosts import Host
-from harness.manager.small import SmallManager, SmallVm
+from harness.manager.small import SmallManager
+from harness.manager.smallvm import KVM_SET_REGS, SmallVm
 from harness.settings import Settings
 from harness.tool import Listener, Session
 
-KVM_SET_REGS = 0x4090AE82
 DEBUGFS = "/sys/kernel/debug/kvm"
 GONE_S = 10.0
 

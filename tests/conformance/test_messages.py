@@ -22,7 +22,7 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.manager.payloads import FREE
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.tool import Session
 
 GET_VERSION, CHECK_COMMAND, GET_INFO, READ_PHYSICAL = 2, 4, 8, 12

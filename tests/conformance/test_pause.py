@@ -8,7 +8,7 @@ from checks import continues, enable, ends_dead, next_event_of, silent
 from conftest import Lab
 
 from harness.errors import ConformanceError
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.plugin.fixtures import ClauseNotes
 from harness.tool import Session
 

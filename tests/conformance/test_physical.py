@@ -12,7 +12,7 @@ from conftest import Lab
 
 from harness.errors import SessionClosed
 from harness.manager.payloads import FREE, MAILBOX_WORDS
-from harness.manager.small import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Slot, SmallVm
+from harness.manager.smallvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, Slot, SmallVm
 from harness.plugin.fixtures import ClauseNotes
 from harness.tool import Session
 

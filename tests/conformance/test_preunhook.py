@@ -11,7 +11,7 @@ from checks import RawTool, continues, ends_dead, silent
 from conftest import Lab
 
 from harness.errors import SessionClosed, SilenceError
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.tool import Session
 
 PREUNHOOK = 0xAECC

@@ -11,7 +11,7 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.errors import ConformanceError
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.tool import Session
 
 # What the first part of the series has to bring; a kernel may have more.

@@ -12,7 +12,7 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.manager.payloads import DUMP_A, DUMP_B, REGS
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import Session
 

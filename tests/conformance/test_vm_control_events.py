@@ -8,7 +8,7 @@ from checks import continues, silent
 from conftest import Lab
 
 from harness.abi import Profile
-from harness.manager.small import SmallVm
+from harness.manager.smallvm import SmallVm
 from harness.tool import Session
 
 
