@@ -136,7 +136,11 @@ class HostProgram:
             self.wait_exited()
 
     def close(self) -> None:
-        """End it if it still runs. Never raises."""
+        """End it if it still runs, and wait until it is gone. Never raises."""
+        with contextlib.suppress(Exception):
+            # The script's standard input is what the program's life hangs on.
+            self._process.close_stdin()
+            self.pause(5.0)
         with contextlib.suppress(Exception):
             self._process.close()
-            self.pause(5.0)
+            self.pause(1.0)

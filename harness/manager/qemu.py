@@ -130,7 +130,7 @@ class QemuGuest:
             "-no-user-config", "-nodefaults", "-display", "none",
             # i440fx rather than microvm: the kernel finds its devices by PCI, and
             # reset, powerdown and migration work as on the machines people run.
-            "-machine", "pc,usb=off,vmport=off,hpet=off,graphics=off",
+            "-machine", "pc,usb=off,vmport=off,hpet=off,graphics=off,i8042=off",
             "-accel", self.accelerator,
             "-cpu", "host" if self.accelerator == "kvm" else "max",
             "-smp", str(self.cpus),

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import InfraError, SilenceError
-from harness.hosts.ssh import GuestShell
+from harness.hosts.ssh import GuestShell, RemoteProcess
 
 __all__ = ["Background", "Calls", "Page", "Ticks", "Traps", "breakpoints", "hypercalls", "ticks"]
 
@@ -93,18 +93,21 @@ class Background:
 
     def __init__(self, shell: GuestShell, command: str) -> None:
         self.command = command
-        self._process = shell.spawn(command)
+        self._shell = shell
+        self._process: RemoteProcess | None = None
         self._output = b""
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._read, name=f"guest: {command}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"guest: {command}", daemon=True)
         self._thread.start()
 
-    def _read(self) -> None:
+    def _run(self) -> None:
         # The way to the guest may end before the command does: with the guest.
         with contextlib.suppress(Exception):
+            # Not even this returns while all vCPUs are held.
+            self._process = self._shell.spawn(self.command)
             for line in self._process.stdout:
                 self._output += line
-        self._ended.set()
+            self._ended.set()
 
     def finished(self, *, within_s: float) -> bool:
         """True if the command ends within ``within_s``."""
@@ -121,7 +124,7 @@ class Background:
 
     def close(self) -> None:
         """Give the command up. Idempotent."""
-        with contextlib.suppress(Exception):
+        if self._process is not None:
             self._process.close()
         self._thread.join(5.0)
 

@@ -333,18 +333,17 @@ class Stage:
         made = hypercalls(shell, calls) if calls else Calls(made=0, returned={})
         met = breakpoints(shell, traps) if traps else Traps(made=0, trapped=0)
         after = self.counted()
-        for what, expected, found in (
+        facts = (
             ("hypercalls made", calls, made.made),
             ("hypercalls that returned 0", calls, made.returned.get(0, 0)),
             ("hypercall events counted", calls, after[HYPERCALL] - before[HYPERCALL]),
             ("breakpoints met", traps, met.made),
             ("breakpoints that came back to the guest", traps, met.trapped),
             ("breakpoint events counted", traps, after[BREAKPOINT] - before[BREAKPOINT]),
-        ):
-            if found != expected:
-                raise ConformanceError(
-                    f"{what}: {found}, expected {expected}", details=f"{made}\n{met}"
-                )
+        )
+        wrong = [f"{what}: {found}, not {due}" for what, due, found in facts if found != due]
+        if wrong:
+            raise ConformanceError("; ".join(wrong), details=f"{made}\n{met}")
 
     # -- end ---------------------------------------------------------------------------
 
