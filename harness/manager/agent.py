@@ -426,6 +426,11 @@ class Agent:
         """Write guest memory through the manager's mapping."""
         self.vms[request["vm"]].write(request["gpa"], base64.b64decode(request["data"]))
 
+    def op_fill(self, request: Request) -> None:
+        """Fill guest memory with one byte, so that the host has to back it."""
+        vm, size = self.vms[request["vm"]], request["size"]
+        vm.write(request["gpa"], bytes([request["byte"]]) * size)
+
     def op_add_u64(self, request: Request) -> int:
         """Add to a word of guest memory that the guest does not write; answer the sum."""
         vm, gpa = self.vms[request["vm"]], request["gpa"]

@@ -11,6 +11,7 @@ from conftest import Lab
 
 from harness.abi import Profile
 from harness.hosts import Host
+from harness.manager.payloads import FREE
 from harness.manager.small import SmallManager
 from harness.manager.smallvm import KVM_SET_REGS, SmallVm
 from harness.settings import Settings
@@ -18,6 +19,7 @@ from harness.tool import Listener, Session
 
 DEBUGFS = "/sys/kernel/debug/kvm"
 GONE_S = 10.0
+MEMORY_KB = 64 << 10
 
 
 def _vm_directories(manager: SmallManager) -> set[str]:
@@ -28,6 +30,16 @@ def _vm_directories(manager: SmallManager) -> set[str]:
 def _sockets(manager: SmallManager) -> int:
     """How many sockets of all kinds exist in the host."""
     return int(manager.read_file("/proc/net/sockstat").split()[2])
+
+
+def _anonymous_kb(manager: SmallManager) -> int:
+    """How much memory of processes the host has to back, guests' memory among it."""
+    line = next(
+        line
+        for line in manager.read_file("/proc/meminfo").splitlines()
+        if line.startswith("AnonPages:")
+    )
+    return int(line.split()[1])
 
 
 @pytest.mark.clause("LIFE-TOOLCLOSE-HUP")
@@ -110,7 +122,9 @@ def test_manager_is_killed(
     before = _vm_directories(lab.manager)
     sockets = _sockets(lab.manager)
     doomed = SmallManager(host, profile=profile, cache=settings.cache)
-    vm = doomed.create_vm(vcpus=2)
+    vm = doomed.create_vm(vcpus=2, memory_kb=MEMORY_KB)
+    used = _anonymous_kb(lab.manager)
+    doomed.link.call("fill", vm=vm.name, gpa=FREE, size=(MEMORY_KB << 10) - FREE, byte=1)
     with Listener() as listener:
         _, fd, sock = doomed.connect(listener)
     assert vm.hook(fd) == "OK"
@@ -123,6 +137,9 @@ def test_manager_is_killed(
         enable(session, "HYPERCALL", vcpu=1)
         vm.call_out(1, vcpu=1)
         next_event_of(session, "HYPERCALL", vcpu=1)
+    session.command("VM_READ_PHYSICAL", gpa=FREE, size=4096).ok()
+    session.command("VM_WRITE_PHYSICAL", gpa=FREE, data=bytes(4096)).ok()
+    assert _anonymous_kb(lab.manager) > used + MEMORY_KB // 2
     doomed.kill()
     session.expect_close(timeout_s=GONE_S)
     doomed.close()
@@ -135,6 +152,8 @@ def test_manager_is_killed(
     session.close()
     while (now := _sockets(lab.manager)) > sockets:
         assert time.monotonic() < deadline, f"{now} sockets are in use, before it were {sockets}"
+    while (kept := _anonymous_kb(lab.manager)) > used + MEMORY_KB // 2:
+        assert time.monotonic() < deadline, f"{kept - used} kB of the guest's memory are kept"
     continues(lab.hook(lab.vm()))
 
 

@@ -52,6 +52,21 @@ def test_hypercall_of_32_bits(lab: Lab, mode: Any) -> None:
     silent(session, vcpus=[0])
 
 
+@pytest.mark.clause("EV-HYPERCALL-TRIGGER", "VCPUCTLEVT-ENABLE")
+def test_many_hypercalls(lab: Lab) -> None:
+    """Each of 300 hypercalls on two vCPUs is one event, neither more nor fewer."""
+    vm, session = lab.pair(vcpus=2)
+    session.handle("HYPERCALL", lambda event: "CONTINUE")
+    for vcpu in (0, 1):
+        enable(session, "HYPERCALL", vcpu=vcpu)
+        vm.call_out(150, vcpu=vcpu)
+    for vcpu in (0, 1):
+        vm.wait_word("done", 150, vcpu=vcpu, timeout_s=20)
+    silent(session, vcpus=[0, 1])
+    assert session.count("HYPERCALL") == 300
+    assert [vm.word("refused", vcpu=vcpu) for vcpu in (0, 1)] == [0, 0]
+
+
 @pytest.mark.clause("EV-HYPERCALL-TRIGGER")
 @pytest.mark.parametrize(
     ("number", "first", "second"),

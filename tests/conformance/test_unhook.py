@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from checks import continues, enable, ends_dead, requires
@@ -12,7 +14,7 @@ from conftest import Lab
 
 from harness.errors import ConformanceError
 from harness.manager.small import SmallManager
-from harness.manager.smallvm import SmallVm
+from harness.manager.smallvm import SmallVm, errno_name
 from harness.plugin import skip_clause
 from harness.tool import Session
 
@@ -165,7 +167,7 @@ class _Usage:
         for line in manager.read_file("/proc/slabinfo").splitlines()[2:]:
             words = line.split()
             self.caches[words[0]] = int(words[1])
-        self.sockets = manager.read_file("/proc/net/sockstat").splitlines()[0]
+        self.sockets = int(manager.read_file("/proc/net/sockstat").split()[2])
         self.threads = len(_kernel_threads(manager))
         self.files = int(manager.read_file("/proc/sys/fs/file-nr").split()[0])
 
@@ -177,18 +179,16 @@ ROUNDS = 4
 @pytest.mark.clause("UNHOOK-FREES")
 @pytest.mark.timeout(180)
 def test_frees(lab: Lab, manager: SmallManager) -> None:
-    """Many rounds of hooking, commands and unhooking leave the kernel's caches as they were."""
+    """Many lives of a session, with an event and a command pending, leave nothing behind."""
     if "slabinfo" not in manager.list_dir("/proc"):
         skip_clause("the host's kernel has no /proc/slabinfo to look for leaks in")
-    vm = lab.vm(vcpus=2)
-    vm.run()
-    requests = _cycle(lab, vm)
-    manager.link.call("batch", requests=requests, repeat=CYCLES, timeout_s=120)
+    vm = lab.vm(vcpus=3)
+    vm.run(0, 1)  # vCPU 2 never runs: what it is asked waits until UNHOOK
+    life = _life(lab, vm)
+    _live(manager, life)
     usages = [_Usage(manager)]
     for _ in range(ROUNDS):
-        answers = manager.link.call("batch", requests=requests, repeat=CYCLES, timeout_s=120)
-        assert [item["ret"] for item in (answers[1], answers[2], answers[5])] == [0, 0, 0]
-        assert not answers[4]["end"]
+        _live(manager, life)
         usages.append(_Usage(manager))
     grown = []
     for cache in usages[0].caches:
@@ -199,41 +199,75 @@ def test_frees(lab: Lab, manager: SmallManager) -> None:
             grown.append(f"{cache}: {counts}")
     if grown:
         raise ConformanceError(f"{CYCLES} hooks a round leave objects behind: {'; '.join(grown)}")
-    assert usages[-1].sockets == usages[0].sockets
-    assert usages[-1].threads <= usages[0].threads
-    assert usages[-1].files - usages[0].files < CYCLES
+    for before, after in itertools.pairwise(usages):
+        assert after.sockets - before.sockets < CYCLES // 2
+        assert after.files - before.files < CYCLES // 2
+        assert after.threads - before.threads < CYCLES // 2
 
 
-def _cycle(lab: Lab, vm: SmallVm) -> list[dict[str, object]]:
-    """One life of a session, as requests to the agent: hook, a command, unhook."""
+@dataclass(frozen=True)
+class _Life:
+    """Requests to the agent, and what each must answer."""
+
+    requests: list[dict[str, Any]]
+    results: list[Any]
+
+
+def _live(manager: SmallManager, life: _Life) -> None:
+    """Repeat a life, and check that the last one was what it is meant to be."""
+    answers = manager.link.call("batch", requests=life.requests, repeat=CYCLES, timeout_s=120)
+    for request, answer, expected in zip(life.requests, answers, life.results, strict=True):
+        if request["op"] == "ioctl":
+            assert errno_name(answer["errno"]) == expected
+        elif request["op"] == "receive":
+            assert len(answer["hex"]) // 2 == expected
+
+
+def _life(lab: Lab, vm: SmallVm) -> _Life:
+    """One life of a session: refused hooks, the hook, commands, an event, unhook."""
     codec = lab.codec
-    unhook, _ = codec.encode_ioctl("UNHOOK")
-    allow, argument = codec.encode_ioctl("COMMAND", allow=1, id=-1)
-    # The number that the descriptor will have is not known before, so it is fixed first.
+    # The number that each new descriptor has is the first free one.
     name, fd = lab.manager.socketpair()
     lab.manager.close_fd(name)
     lab.manager.close_fd(name + ".peer")
-    hook, hook_argument = codec.encode_ioctl("HOOK", fd=fd, uuid=bytes(16))
-    on = f"vm:{vm.name}"
-    commands = b"".join(
-        codec.frame(*codec.encode_command(command, **fields), seq=seq)
-        for seq, (command, fields) in enumerate(
-            [
-                ("GET_VERSION", {}),
-                ("VCPU_GET_INFO", {"vcpu": 1}),
-                ("VM_READ_PHYSICAL", {"gpa": 0x20000, "size": 4096}),
-                ("VCPU_GET_REGISTERS", {"vcpu": 0, "nmsrs": 0}),
-            ]
-        )
-    )
-    replies = (8 + 24) + (8 + 16) + (8 + 8 + 4096) + (8 + 480)
-    return [
-        {"op": "socketpair", "name": name},
-        {"op": "ioctl", "on": on, "request": hook, "arg": {"hex": hook_argument.hex()}},
-        {"op": "ioctl", "on": on, "request": allow, "arg": {"hex": argument.hex()}},
-        {"op": "send", "name": name + ".peer", "hex": commands.hex()},
-        {"op": "receive", "name": name + ".peer", "size": replies, "limit_s": 5},
-        {"op": "ioctl", "on": on, "request": unhook},
-        {"op": "close", "name": name},
-        {"op": "close", "name": name + ".peer"},
+    peer = name + ".peer"
+    commands: list[tuple[str, dict[str, Any], int | None]] = [
+        ("GET_VERSION", {}, 24),
+        ("VM_READ_PHYSICAL", {"gpa": 0x20000, "size": 4096}, 8 + 4096),
+        ("VM_WRITE_PHYSICAL", {"gpa": 0x20000, "data": b"x" * 64}, 8),
+        ("VCPU_GET_REGISTERS", {"vcpu": 0, "nmsrs": 0}, 480),
+        ("VCPU_CONTROL_EVENTS", {"vcpu": 1, "event_id": "BREAKPOINT", "enable": 1}, 8),
+        ("VCPU_GET_INFO", {"vcpu": 2}, None),
+        ("VM_PAUSE_VCPU", {"vcpu": 2, "wait": 0}, 8),
+        ("VM_PAUSE_VCPU", {"vcpu": 1, "wait": 0}, 8),
     ]
+    pause_event = 8 + 552
+    stream = b"".join(
+        codec.frame(*codec.encode_command(command, **fields), seq)
+        for seq, (command, fields, _) in enumerate(commands)
+    )
+    replies = sum(8 + size for _, _, size in commands if size is not None)
+
+    def ioctl(what: str, **fields: Any) -> dict[str, Any]:
+        request, data = codec.encode_ioctl(what, **fields)
+        arg = {"hex": data.hex()} if data else {}
+        return {"op": "ioctl", "on": f"vm:{vm.name}", "request": request, "arg": arg}
+
+    hook = ioctl("HOOK", fd=fd, uuid=bytes(16))
+    steps: list[tuple[dict[str, Any], Any]] = [
+        ({"op": "open", "name": name, "path": "/dev/null"}, None),
+        (hook, "EINVAL"),
+        ({"op": "close", "name": name}, None),
+        ({"op": "socketpair", "name": name}, None),
+        (hook, "OK"),
+        (hook, "EEXIST"),
+        (ioctl("COMMAND", allow=1, id=-1), "OK"),
+        (ioctl("EVENT", allow=1, id=-1), "OK"),
+        ({"op": "send", "name": peer, "hex": stream.hex()}, None),
+        ({"op": "receive", "name": peer, "size": replies + pause_event, "limit_s": 5},
+         replies + pause_event),
+        (ioctl("UNHOOK"), "OK"),
+        ({"op": "close", "name": name}, None),
+        ({"op": "close", "name": peer}, None),
+    ]  # fmt: skip
+    return _Life([request for request, _ in steps], [result for _, result in steps])

@@ -16,6 +16,21 @@ from .stage import FIRST_COMMANDS, FIRST_EVENTS, Stage
 KEY = b"correct horse, battery staple"
 
 
+def find_breakpoint(session: Session, shell: GuestShell) -> None:
+    """Look at one breakpoint of a program more closely: its address is that of an INT3."""
+    session.handle("BREAKPOINT", None)
+    program = Background(shell, "kvmi-guest breakpoint 1")
+    event = session.next_event("BREAKPOINT", timeout_s=10)
+    assert event.fields.insn_len == 1
+    reply = session.command("VM_READ_PHYSICAL", gpa=event.fields.gpa, size=1).ok()
+    assert reply.data == b"\xcc", f"there is no INT3 at {event.fields.gpa:#x}"
+    assert not program.finished(within_s=0.2)
+    session.answer(event, "CONTINUE")
+    assert program.finished(within_s=10)
+    program.close()
+    session.handle("BREAKPOINT", lambda event: "CONTINUE")
+
+
 def pause_and_resume(stage: Stage, session: Session, guest: QemuGuest) -> None:
     """Hold all vCPUs: none moves, nothing runs in the guest until the tool says so."""
     paused = stage.pause(session, guest.cpus)
@@ -50,6 +65,10 @@ def read_and_write(session: Session, shell: GuestShell) -> None:
     "EV-UNHOOK-SENT",
     "EV-UNHOOK-NOREPLY",
     "HOOK-REHOOK",
+    "EV-BP-PAYLOAD",
+    "EVT-VCPU-HELD",
+    "READPHYS-OK",
+    "WRITEPHYS-OK",
     "QEMU-HSK-COOKIE",
     "QEMU-PERM-DEFAULT-ALL",
     "QEMU-STOP-PREUNHOOK",
@@ -82,6 +101,8 @@ def test_watched_stopped_and_continued(stage: Stage, timeline: Timeline) -> None
     with timeline.step("events of the running guest are handled and counted"):
         stage.watch(session, vcpus=guest.cpus)
         stage.exchange(shell, calls=40, traps=25)
+    with timeline.step("a breakpoint's event tells where its instruction lies"):
+        find_breakpoint(session, shell)
     with timeline.step("pause every vCPU, look twice, resume"):
         pause_and_resume(stage, session, guest)
     with timeline.step("memory of the guest is read, written, and read back inside it"):
