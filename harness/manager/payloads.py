@@ -93,8 +93,9 @@ class Payload:
         )
         symbols = {}
         for line in (entry / "symbols").read_text().splitlines():
-            value, _, label = line.split()
-            symbols[label] = int(value, 16)
+            value, kind, label = line.split()
+            if kind in "tT":  # labels of the code; the constants of layout.inc are symbols too
+                symbols[label] = int(value, 16)
         return cls(name, (entry / "code").read_bytes(), symbols)
 
 

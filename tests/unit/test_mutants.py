@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The mutants are in order: known clauses, and patches that follow the series."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UsageError
+from harness.mutants import load_mutants, run
+from harness.paths import KERNEL_CONFIG
+from harness.settings import load_settings
+
+# Files that the series itself makes, so that they can be had without the kernel's source.
+OWN = ("virt/kvm/introspection/*", "arch/x86/kvm/kvmi.c")
+ENOUGH = 10
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the kernel series adds, as they are after its last patch."""
+    tree = tmp_path_factory.mktemp("series")
+    _git(tree, "init", "-q")
+    for patch in sorted((KERNEL_CONFIG / "linux").glob("*.patch")):
+        text = patch.read_text(errors="replace")
+        if any(name.rstrip("*") in text for name in OWN):
+            _git(tree, "apply", *(f"--include={name}" for name in OWN), str(patch))
+    return tree
+
+
+def _git(tree: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        ["git", *arguments], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_enough() -> None:
+    """At least ten ways of breaking the kernel, each with clauses to turn red."""
+    mutants = load_mutants()
+    assert len(mutants) >= ENOUGH
+    assert all(mutant.red for mutant in mutants)
+
+
+@pytest.mark.parametrize("name", [mutant.name for mutant in load_mutants()])
+def test_mutant_applies(name: str, series: Path) -> None:
+    """The patch applies to the series as it is now."""
+    mutant = next(mutant for mutant in load_mutants() if mutant.name == name)
+    _git(series, "apply", "--check", str(mutant.patch))
+
+
+def test_entry_and_patch_belong_together(tmp_path: Path) -> None:
+    """A patch without entry, an entry without patch and an unknown clause are usage errors."""
+    (tmp_path / "lonely.patch").write_text("")
+    (tmp_path / "mutants.toml").write_text('[missing]\nred = ["NO-SUCH-CLAUSE"]\n[empty]\n')
+    with pytest.raises(UsageError) as caught:
+        load_mutants(tmp_path)
+    message = caught.value.message
+    for word in ("missing.patch", "lonely.patch has no entry", "NO-SUCH-CLAUSE", "empty names no"):
+        assert word in message
+
+
+def test_unknown_mutant() -> None:
+    """A name that is no mutant's is a usage error that lists those there are."""
+    with pytest.raises(UsageError, match="no-such") as caught:
+        run(load_settings(), select="no-such lost-pause")
+    assert "lost-pause" in caught.value.hint
