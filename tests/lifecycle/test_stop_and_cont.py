@@ -16,6 +16,15 @@ from .stage import FIRST_COMMANDS, FIRST_EVENTS, Stage
 KEY = b"correct horse, battery staple"
 
 
+def ask_first(session: Session, stage: Stage) -> None:
+    """What a tool asks before anything else: version and permissions."""
+    assert session.command("GET_VERSION").ok().fields.version == stage.profile.version
+    for command in FIRST_COMMANDS:
+        session.command("VM_CHECK_COMMAND", id=command).ok()
+    for event in FIRST_EVENTS:
+        session.command("VM_CHECK_EVENT", id=event).ok()
+
+
 def find_breakpoint(session: Session, shell: GuestShell) -> None:
     """Look at one breakpoint of a program more closely: its address is that of an INT3."""
     session.handle("BREAKPOINT", None)
@@ -89,11 +98,7 @@ def test_watched_stopped_and_continued(stage: Stage, timeline: Timeline) -> None
         assert hello.uuid == guest.uuid
         assert hello.name == guest.name
     with timeline.step("ask for version and permissions"):
-        assert session.command("GET_VERSION").ok().fields.version == stage.profile.version
-        for command in FIRST_COMMANDS:
-            session.command("VM_CHECK_COMMAND", id=command).ok()
-        for event in FIRST_EVENTS:
-            session.command("VM_CHECK_EVENT", id=event).ok()
+        ask_first(session, stage)
     with timeline.step("the guest boots while hooked"):
         shell = guest.wait_booted()
         assert session.command("VM_GET_INFO").ok().fields.vcpu_count == guest.cpus
