@@ -19,10 +19,26 @@ from harness.build.progress import step
 from harness.build.run import run_logged
 from harness.errors import BuildError, UsageError
 
-__all__ = ["PACKAGES", "Package", "apt_line", "ensure_packages", "missing_packages"]
+__all__ = [
+    "PACKAGES",
+    "Package",
+    "apt_line",
+    "ensure_packages",
+    "find_firmware",
+    "missing_packages",
+]
 
 _TIMEOUT_S = 1800
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+
+# Debian 12 keeps the ROMs of network cards apart.
+_FIRMWARE_PLACES = ("/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
+
+
+def find_firmware(name: str) -> Path | None:
+    """Where Debian's packages of firmware have the file ``name``; None if nowhere."""
+    places = (Path(place) / name for place in _FIRMWARE_PLACES)
+    return next((path for path in places if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,15 @@ class Package:
 
     name: str
     proof: str
-    """A program's name, an absolute path, or ``module:NAME`` of Python."""
+    """A program's name, an absolute path, ``module:NAME`` of Python, or ``firmware:FILE``."""
     reason: str
 
     def present(self) -> bool:
         """Whether what we use of it is on this machine."""
         if self.proof.startswith("module:"):
             return importlib.util.find_spec(self.proof.removeprefix("module:")) is not None
+        if self.proof.startswith("firmware:"):
+            return find_firmware(self.proof.removeprefix("firmware:")) is not None
         if self.proof.startswith("/"):
             return Path(self.proof).exists()
         # Programs of the administrator's directories need not be in a user's PATH.
@@ -70,9 +88,9 @@ PACKAGES = (
     Package("libfdt-dev", "/usr/include/libfdt.h", "QEMU build: x86 machines ask for it"),
     Package("libslirp-dev", "/usr/include/slirp/libslirp.h", "QEMU build: the guests' network"),
     # Firmware of the guests.
-    Package("seabios", "/usr/share/seabios/bios-256k.bin", "firmware of the guests"),
-    Package("ipxe-qemu", "/usr/lib/ipxe/qemu/efi-virtio.rom", "firmware of network cards"),
-    Package("qemu-system-data", "/usr/share/qemu/linuxboot_dma.bin", "boots a kernel directly"),
+    Package("seabios", "firmware:bios-256k.bin", "firmware of the guests"),
+    Package("ipxe-qemu", "firmware:efi-virtio.rom", "firmware of network cards"),
+    Package("qemu-system-data", "firmware:linuxboot_dma.bin", "boots a kernel directly"),
     # Hosts.
     Package("qemu-system-x86", "qemu-system-x86_64", "emulates the hosts"),
     Package("mmdebstrap", "mmdebstrap", "makes the host image"),

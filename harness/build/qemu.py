@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.build import cache
+from harness.build.packages import find_firmware
 from harness.build.progress import Step, step
 from harness.build.run import output_of, run_logged
 from harness.build.series import Series, load_series
@@ -44,15 +45,15 @@ _CONFIGURE = (
 )
 _TOOLS = ("meson>=1.5,<2", "ninja>=1.11")
 
-# What the guests' machine loads, from where Debian's packages of firmware have it. QEMU's
-# own copies are not in Debian's source package.
+# What the guests' machine loads, from Debian's packages of firmware: QEMU's own copies are
+# not in Debian's source package.
 _FIRMWARE = (
-    "/usr/share/seabios/bios-256k.bin",
-    "/usr/share/seabios/vgabios-stdvga.bin",
-    "/usr/share/qemu/kvmvapic.bin",
-    "/usr/share/qemu/linuxboot_dma.bin",
-    "/usr/lib/ipxe/qemu/efi-virtio.rom",
-    "/usr/lib/ipxe/qemu/efi-e1000.rom",
+    "bios-256k.bin",
+    "vgabios-stdvga.bin",
+    "kvmvapic.bin",
+    "linuxboot_dma.bin",
+    "efi-virtio.rom",
+    "efi-e1000.rom",
 )
 
 
@@ -88,7 +89,7 @@ def build_qemu(settings: Settings) -> QemuBuild:
         "series": series.digest,
         "recipe": json.dumps([_CONFIGURE, _TOOLS, _FIRMWARE]),
         "compiler": _compiler(),
-        **{f"firmware {Path(path).name}": _firmware(path) for path in _FIRMWARE},
+        **{f"firmware {name}": _firmware(name) for name in _FIRMWARE},
     }
 
     def make(into: Path) -> None:
@@ -113,12 +114,12 @@ def _compiler() -> str:
     return "; ".join([compiler, *libraries])
 
 
-def _firmware(path: str) -> Path:
-    if not Path(path).is_file():
+def _firmware(name: str) -> Path:
+    if (path := find_firmware(name)) is None:
         raise BuildError(
-            f"firmware for guests is missing: {path}", hint="`inv doctor` says what to install"
+            f"firmware for guests is missing: {name}", hint="`inv doctor` says what to install"
         )
-    return Path(path)
+    return path
 
 
 def _make(
@@ -177,8 +178,8 @@ def _make(
         run(["strip", "-o", str(binary), str(build / _TARGET)], "stripping QEMU")
     firmware = into / "firmware"
     firmware.mkdir()
-    for path in _FIRMWARE:
-        shutil.copyfile(path, firmware / Path(path).name)
+    for name in _FIRMWARE:
+        shutil.copyfile(_firmware(name), firmware / name)
     record = {"libraries": _needed(binary)}
     (into / "build.json").write_text(json.dumps(record) + "\n")
 
