@@ -43,7 +43,7 @@ RUN_DIRECTORY = "/run/kvmi-guests"
 START_TIMEOUT_S = 20.0
 #: How long the small Linux may take from QEMU's start to an SSH login.
 BOOT_TIMEOUT_S = 60.0
-_LOGIN_SLICE_S = 10.0
+_LOGIN_SLICE_S = 5.0
 
 #: Makes a firmware of 64 KiB that only waits for interrupts that never come: a machine
 #: that runs, costs no time, and has no operating system. The processor starts at the
@@ -200,12 +200,15 @@ class QemuGuest:
         reason = "QEMU has not said its process id"
         while time.monotonic() < deadline:
             if program.exited:
-                raise self._start_failure()
+                raise self._ended("did not start")
             if not program.wait_started(timeout_s=1):
                 continue
             try:
                 sock = self.host.connect(self.qmp_port, timeout_s=5)
-                return QmpLink(sock, name=self.label, transcript=self._file("qmp", "jsonl"))
+                transcript = self._file("qmp", "jsonl")
+                return QmpLink(
+                    sock, name=self.label, transcript=transcript, lost=self._check_running
+                )
             except InfraError as error:
                 # Not listening yet, or QEMU is going down; the loop finds out which.
                 reason = str(error)
@@ -217,10 +220,21 @@ class QemuGuest:
             details=program.text(),
         )
 
-    def _start_failure(self) -> HarnessError:
+    def _check_running(self) -> None:
+        """Say so if QEMU, or even the host, is gone.
+
+        :raises ConformanceError: QEMU ended; its last words are in the message.
+        """
+        # Its connections end a moment before its process does.
+        if self.program.pause(2.0):
+            raise self._ended("ended unexpectedly")
+        self.host.check()
+
+    def _ended(self, how: str) -> HarnessError:
+        self.host.check()
         said = self.program.text().strip()
         last = said.splitlines()[-1] if said else "it said nothing"
-        message = f"guest {self.label}: QEMU did not start: {last}"
+        message = f"guest {self.label}: QEMU {how}: {last}"
         if "host forwarding rule" in said or "already in use" in said:
             return InfraError(
                 message,
@@ -387,7 +401,7 @@ class QemuGuest:
                 return self._shell
             except DeadlineError as error:
                 if self.program.exited:
-                    raise self._start_failure() from error
+                    raise self._ended("ended while the guest booted") from error
                 if time.monotonic() < deadline:
                     continue
                 end = "\n".join(self.console().splitlines()[-30:])

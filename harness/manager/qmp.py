@@ -89,9 +89,12 @@ class _RecordingClient(QMPClient):
 class PendingAnswer:
     """The answer to a command that was sent; QEMU may be holding it back."""
 
-    def __init__(self, command: str, future: concurrent.futures.Future[object]) -> None:
+    def __init__(
+        self, command: str, future: concurrent.futures.Future[object], lost: Callable[[], None]
+    ) -> None:
         self.command = command
         self._future = future
+        self._lost = lost
 
     @property
     def arrived(self) -> bool:
@@ -103,7 +106,8 @@ class PendingAnswer:
 
         :raises ConformanceError: QEMU answered with an error.
         :raises SilenceError: no answer in ``timeout_s``; it may still come later.
-        :raises InfraError: the link ended before the answer came.
+        :raises InfraError: the link ended before the answer came; or what the link was told
+            to raise in that case.
         """
         try:
             return self._future.result(timeout_s)
@@ -116,9 +120,10 @@ class PendingAnswer:
                 f"QEMU refused QMP '{self.command}': {error.error_class}: {error}"
             ) from error
         except (concurrent.futures.CancelledError, EOFError, OSError, QMPError) as error:
+            self._lost()
             raise InfraError(
-                f"the QMP link ended while '{self.command}' waited for its answer: {error}",
-                hint="look at QEMU's own messages in the evidence: it probably exited",
+                f"the QMP link ended while '{self.command}' waited for its answer",
+                details=str(error),
             ) from error
 
     def refusal(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -146,14 +151,24 @@ class QmpLink:
     InfraError; events that arrived before stay readable.
     """
 
-    def __init__(self, sock: socket.socket, *, name: str, transcript: Path) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        name: str,
+        transcript: Path,
+        lost: Callable[[], None] = lambda: None,
+    ) -> None:
         """Take over ``sock`` and negotiate.
 
         :param name: the guest's name, for messages.
+        :param lost: called when a command meets the end of the link; may raise what is
+            known about it, such as that QEMU crashed.
         :param transcript: file that gets the messages; appended to.
         :raises InfraError: no QMP greeting came from the other side.
         """
         self.name = name
+        self._lost = lost
         self._file: IO[str] | None = transcript.open("a", encoding="utf-8", buffering=1)
         self._news = threading.Condition()
         self._events: list[dict[str, Any]] = []
@@ -195,7 +210,7 @@ class QmpLink:
             # before there is anything to await.
             return await self._client.execute(command, arguments or {}, oob=oob)
 
-        return PendingAnswer(command, self._loop.submit(work()))
+        return PendingAnswer(command, self._loop.submit(work()), self._lost)
 
     def execute(
         self,
