@@ -86,6 +86,11 @@ class HostProgram:
         with self._news:
             return self._ended
 
+    @property
+    def status(self) -> int | None:
+        """Its exit status, 128 and more for a signal; None while it runs or if unknown."""
+        return self._process.status(timeout_s=1.0) if self.exited else None
+
     def text(self) -> str:
         """All that it has printed so far."""
         with self._news:

@@ -234,7 +234,7 @@ class QemuGuest:
         self.host.check()
         said = self.program.text().strip()
         last = said.splitlines()[-1] if said else "it said nothing"
-        message = f"guest {self.label}: QEMU {how}: {last}"
+        message = f"guest {self.label}: QEMU {how} (exit status {self.program.status}): {last}"
         if "host forwarding rule" in said or "already in use" in said:
             return InfraError(
                 message,
