@@ -173,6 +173,7 @@ def _prepare(settings: Settings, run_dir: Path, *, select: str, repeat: int) -> 
     from harness.build.qemu import build_qemu
     from harness.hosts import target_for
 
+    start = time.monotonic()
     target = target_for(settings)
     kernel = build_kernel(settings)
     qemu = build_qemu(settings)
@@ -196,6 +197,7 @@ def _prepare(settings: Settings, run_dir: Path, *, select: str, repeat: int) -> 
         kernel={"release": kernel.release, "series": kernel.series, "key": kernel.key},
         qemu={"version": qemu.version, "series": qemu.series, "key": qemu.key},
         machine=machine_record(machine),
+        prepare_s=round(time.monotonic() - start, 1),
     )
     try:
         with VerdictFile(run_dir) as file:

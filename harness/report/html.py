@@ -166,19 +166,6 @@ def _size(number: int) -> str:
     return f"{value:.3g} GB"
 
 
-_LABELS = {
-    "cpus": "CPUs of a host",
-    "memory_mb": "Memory of a host, MiB",
-    "guest_qemu": "QEMU in the host",
-    "machine": "Machine",
-}
-
-
-def _label(name: str) -> str:
-    """The name of a fact, for people."""
-    return _LABELS.get(name, name.replace("_", " ").capitalize())
-
-
 def _sequence(view: RunView, test: TestView, anchor: str) -> Sequence:
     bars, total_s = _bars(view, test.first)
     return Sequence(test, anchor, bars, ticks(total_s))

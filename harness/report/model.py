@@ -78,7 +78,8 @@ _WORST_FIRST = (Outcome.FAIL, Outcome.ERROR, Outcome.MISS, Outcome.PASS, Outcome
 class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     """The host that the run used, as its target describes it.
 
-    ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the
+    ``machine`` is what all this ran on; ``cpus`` and ``memory_mb`` are those of one host.
+    ``extra`` has what a target says beyond this. ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the
     nested guests is a program (QEMU's TCG, Bochs), false only on real silicon.
     """
 
@@ -89,8 +90,11 @@ class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     virtualisation: str = ""
     nested_paging: bool = False
     kernel_release: str = ""
-    qemu_version: str = ""
-    accelerator: str = ""
+    kernel_series: str = ""
+    guest_qemu: str = ""
+    cpus: int = 0
+    memory_mb: int = 0
+    machine: str = ""
     extra: dict[str, str] = {}
 
 
@@ -101,7 +105,7 @@ class RunFacts(
 
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
     a run was partial on purpose. ``rerun`` is the command that started it, to which
-    ``--select`` can be added.
+    ``--select`` can be added. ``prepare_s`` is how long building and booting took before.
     """
 
     run: str
@@ -117,6 +121,7 @@ class RunFacts(
     python: str = ""
     system: str = ""
     controller: str = ""
+    prepare_s: float = 0.0
     kernel: dict[str, str] = {}
     qemu: dict[str, str] = {}
     machine: MachineRecord | None = None
