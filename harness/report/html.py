@@ -114,7 +114,6 @@ def render_html(view: RunView) -> str:
         "shares": shares_of,
         "clock": _clock,
         "size": _size,
-        "label": _label,
     }
     anchors = {test.test: f"t{number}" for number, test in enumerate(view.tests, start=1)}
     lanes, span_s = lanes_of((test.first, _target(test, anchors)) for test in view.tests)

@@ -79,7 +79,9 @@ class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     """The host that the run used, as its target describes it.
 
     ``machine`` is what all this ran on; ``cpus`` and ``memory_mb`` are those of one host.
-    ``extra`` has what a target says beyond this. ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the
+    ``extra`` has what a target says beyond this.
+
+    ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the
     nested guests is a program (QEMU's TCG, Bochs), false only on real silicon.
     """
 
