@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.build.progress import note
@@ -35,6 +35,10 @@ Input = str | bytes | Path
 
 _LOCK_TIMEOUT_S = 7200.0
 _SHORT = 4000
+# Each changed patch makes a new kernel, and from it images and a saved host of hundreds
+# of megabytes; whoever works on a series all day should not fill his disk with them.
+_KEPT_OF_A_KIND = 8
+_MAYBE_IN_USE_S = 3 * 3600.0
 
 
 def entry(
@@ -54,6 +58,9 @@ def entry(
     :param root: the cache, as in ``settings.cache``.
     :raises BuildError: the cache cannot be written (full, read-only, not ours); and
         whatever ``make`` raises. Nothing is left then that looks complete.
+
+    Making an entry deletes the oldest of its kind: those that nobody asked for in the last
+    hours, except the newest few.
     """
     digests = {name: _digest(value) for name, value in sorted(inputs.items())}
     key = key_of(digests)
@@ -84,6 +91,7 @@ def entry(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        _delete(root / kind, unused_s=_MAYBE_IN_USE_S, keep=_KEPT_OF_A_KIND)
     return place
 
 
@@ -198,20 +206,33 @@ def _mark_used(place: Path) -> None:
 
 
 def clean(root: Path, *, unused_days: float) -> int:
-    """Delete entries that nobody asked for in so many days; returns how many.
+    """Delete entries and source trees that nobody asked for in so many days.
 
-    Kinds in which something is being made are left alone.
+    What is being made or built in is left alone, and so are fetched sources.
+
+    :returns: how many were deleted.
     """
-    limit = time.time() - unused_days * 86400
+    unused_s = unused_days * 86400
     count = 0
     for guard in sorted(root.glob("*/lock")):
-        try:
-            with lock(guard, what=guard.parent.name, timeout_s=0):
-                for record in sorted(guard.parent.glob("*/inputs.json")):
-                    if record.parent.stat().st_mtime < limit:
-                        record.unlink()  # first: a directory without it is no entry
-                        shutil.rmtree(record.parent)
-                        count += 1
-        except DeadlineError:
+        with suppress(DeadlineError), lock(guard, what=guard.parent.name, timeout_s=0):
+            count += _delete(guard.parent, unused_s=unused_s, keep=0)
+    for guard in sorted(root.glob("trees/*/lock")):
+        # Whoever takes the lock writes into it, so its time is that of the last use.
+        if time.time() - guard.stat().st_mtime < unused_s:
             continue
+        with suppress(DeadlineError), lock(guard, what=guard.parent.name, timeout_s=0):
+            shutil.rmtree(guard.parent)
+            count += 1
     return count
+
+
+def _delete(kind: Path, *, unused_s: float, keep: int) -> int:
+    """Delete what was not used for ``unused_s``, except the ``keep`` newest; their lock is held."""
+    used = {record.parent: record.parent.stat().st_mtime for record in kind.glob("*/inputs.json")}
+    newest_first = sorted(used, key=lambda place: used[place], reverse=True)
+    old = [place for place in newest_first[keep:] if used[place] < time.time() - unused_s]
+    for place in old:
+        (place / "inputs.json").unlink()  # first: a directory without it is no entry
+        shutil.rmtree(place)
+    return len(old)

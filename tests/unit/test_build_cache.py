@@ -143,3 +143,21 @@ def test_clean_keeps_what_was_used_lately(tmp_path: Path) -> None:
     assert cache.clean(tmp_path, unused_days=7) == 1
     assert not old.exists()
     assert new.exists()
+
+
+def test_clean_deletes_source_trees_that_are_old(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with cache.lock(tmp_path / "trees" / name / "lock", what=name):
+            (tmp_path / "trees" / name / "src").mkdir()
+    os.utime(tmp_path / "trees" / "old" / "lock", (0, 0))
+    assert cache.clean(tmp_path, unused_days=7) == 1
+    assert [path.name for path in (tmp_path / "trees").iterdir()] == ["new"]
+
+
+def test_many_of_a_kind_do_not_pile_up(tmp_path: Path) -> None:
+    places = []
+    for number in range(12):
+        place = cache.entry("thing", {"a": str(number)}, _fill, root=tmp_path)
+        os.utime(place, (number, number))
+        places.append(place)
+    assert [place.exists() for place in places] == [False] * 4 + [True] * 8
