@@ -41,7 +41,7 @@ def test_reset(stage: Stage) -> None:
     session.command("VCPU_GET_REGISTERS", vcpu=0).ok()
 
 
-@pytest.mark.clause("QEMU-RESET-RECONNECT", "LIFE-RESET", "EVT-DISCONNECT-CONTINUE")
+@pytest.mark.clause("QEMU-RESET-RECONNECT", "LIFE-RESET", "MSG-BLOCKING", "EVT-DISCONNECT-CONTINUE")
 def test_reset_while_a_vcpu_is_held(stage: Stage) -> None:
     """A reset comes through although a vCPU waits for the tool's answer."""
     tool = stage.tool()

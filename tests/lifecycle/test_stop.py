@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from harness.manager.qemu import QemuGuest
+from harness.manager.qmp import PendingAnswer
 from harness.tool import Session
 
 from .stage import Stage, Tool, wait_until
@@ -22,6 +23,23 @@ def hooked(stage: Stage, tool: Tool, **options: Any) -> tuple[QemuGuest, Session
     return guest, session
 
 
+def ask_to_stop(guest: QemuGuest, session: Session) -> PendingAnswer:
+    """Order a stop, and wait until the tool has been told of it."""
+    stop = guest.send("stop")
+    session.next_event("UNHOOK", timeout_s=5)
+    return stop
+
+
+def paused_and_back(guest: QemuGuest, tool: Tool) -> Session:
+    """The machine is paused and keeps to itself; after cont it is introspected again."""
+    assert guest.status() == "paused"
+    assert tool.silent(), "QEMU connected although the machine is paused"
+    guest.qmp("cont")
+    _, session = tool.hook()
+    assert guest.status() == "running"
+    return session
+
+
 @pytest.mark.clause(
     "QEMU-STOP-PREUNHOOK",
     "QEMU-STOP-ASYNC",
@@ -33,18 +51,14 @@ def test_stop_waits_for_the_tool(stage: Stage) -> None:
     """stop sends the event, and pauses and answers when the tool has closed, not before."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     session.no_event(within_s=0.5)
     assert guest.status() == "running"
     assert not stop.arrived
     assert session.command("GET_VERSION").ok(), "the session goes on until the tool closes"
     session.close()
     stop.value(timeout_s=5)
-    assert guest.status() == "paused"
-    assert tool.silent()
-    guest.qmp("cont")
-    tool.hook()
+    paused_and_back(guest, tool)
 
 
 @pytest.mark.clause("QEMU-STOP-ASYNC")
@@ -52,8 +66,7 @@ def test_other_answers_are_not_held_back(stage: Stage) -> None:
     """While stop waits, every other command is answered, each with its own answer, none lost."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     for _ in range(3):
         assert guest.qmp("query-name", timeout_s=3) == {"name": guest.name}
         assert guest.qmp("query-status", timeout_s=3)["status"] == "running"
@@ -72,12 +85,9 @@ def test_stop_with_a_tool_that_does_not_want_to_know(stage: Stage) -> None:
     began = time.monotonic()
     guest.qmp("stop", timeout_s=5)
     assert time.monotonic() - began < 3
-    assert guest.status() == "paused"
     session.expect_close(timeout_s=2)
     assert session.count() == 0
-    assert tool.silent()
-    guest.qmp("cont")
-    tool.hook()
+    paused_and_back(guest, tool)
 
 
 @pytest.mark.clause("QEMU-STOP-NOTOOL", "PREUNHOOK-FAIL-PROCEED")
@@ -104,16 +114,12 @@ def test_stop_runs_out_of_patience(stage: Stage) -> None:
     tool = stage.tool()
     guest, session = hooked(stage, tool, unhook_timeout_s=1)
     began = time.monotonic()
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     session.expect_close(timeout_s=5)
     stop.value(timeout_s=5)
     waited_s = time.monotonic() - began
     assert waited_s > 0.8, f"QEMU waited only {waited_s:.2f} s"
-    assert guest.status() == "paused"
-    assert tool.silent()
-    guest.qmp("cont")
-    tool.hook()
+    paused_and_back(guest, tool)
 
 
 @pytest.mark.clause("QEMU-STOP-SYNC")
@@ -121,17 +127,13 @@ def test_stop_waits_inside(stage: Stage) -> None:
     """With async_unhook off QEMU waits inside stop; the machine runs until the tool closes."""
     tool = stage.tool()
     guest, session = hooked(stage, tool, async_unhook=False)
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     session.no_event(within_s=0.5)
     assert not stop.arrived
     assert session.command("VCPU_GET_REGISTERS", vcpu=0).ok(), "the vCPU still answers"
     session.close()
     stop.value(timeout_s=5)
-    assert guest.status() == "paused"
-    assert tool.silent()
-    guest.qmp("cont")
-    tool.hook()
+    paused_and_back(guest, tool)
 
 
 @pytest.mark.clause("QEMU-STOP-SYNC", "QEMU-STOP-TIMEOUT")
@@ -140,8 +142,7 @@ def test_stop_runs_out_of_patience_inside(stage: Stage) -> None:
     tool = stage.tool()
     guest, session = hooked(stage, tool, async_unhook=False, unhook_timeout_s=1)
     began = time.monotonic()
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     session.expect_close(timeout_s=5)
     stop.value(timeout_s=5)
     assert time.monotonic() - began > 0.8
@@ -153,8 +154,7 @@ def test_second_stop_does_not_wait(stage: Stage) -> None:
     """A second stop pauses at once; the first one's answer still comes."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    first = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    first = ask_to_stop(guest, session)
     assert guest.status() == "running"
     guest.qmp("stop", timeout_s=5)
     assert guest.status() == "paused"
@@ -174,8 +174,7 @@ def test_stop_and_cont_over_and_over(stage: Stage) -> None:
     guest, session = hooked(stage, tool)
     start_time = None
     for _ in range(5):
-        stop = guest.send("stop")
-        session.next_event("UNHOOK", timeout_s=5)
+        stop = ask_to_stop(guest, session)
         session.close()
         stop.value(timeout_s=5)
         guest.qmp("cont")
@@ -201,8 +200,7 @@ def test_cancelled_migration_is_forgotten(stage: Stage) -> None:
     session.close()
     _, session = tool.hook()
     session.command("VM_CONTROL_EVENTS", event_id="UNHOOK", enable=1).ok()
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     assert not stop.arrived
     session.close()
     stop.value(timeout_s=5)
@@ -226,8 +224,7 @@ def test_cont_overtakes_a_stop(stage: Stage) -> None:
     """A cont while stop still waits for the tool: the machine runs on, and no stop is pending."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    stop = guest.send("stop")
-    session.next_event("UNHOOK", timeout_s=5)
+    stop = ask_to_stop(guest, session)
     guest.qmp("cont", timeout_s=5)
     wait_until("stop is answered", lambda: stop.arrived, timeout_s=5)
     assert guest.status() == "running"
