@@ -69,6 +69,7 @@ _OPTIONS = {
     "run": "directory of the run (default: the latest)",
     "which": "kernel or qemu",
     "directory": "of the tree (default: in the cache)",
+    "series": "directory of the patches (default: that of the settings)",
     "command": "run this there instead of a shell",
     "days": "keep what was used in so many days",
 }
@@ -189,21 +190,33 @@ def build_clean(_context: Context, days: int = 7) -> None:
     print(f"{clean(settings.cache, unused_days=days)} entries deleted from {settings.cache}")
 
 
+def _for_series(which: str, directory: str | None) -> Settings:
+    return load_settings(**({f"{which}_series": directory} if directory else {}))
+
+
 @_task("edit")
-def tree_edit(_context: Context, which: str, directory: str | None = None) -> None:
+def tree_edit(
+    _context: Context, which: str, directory: str | None = None, series: str | None = None
+) -> None:
     """Make a git tree with a series as commits, to work in."""
     from harness.build.edit import edit
 
-    place = edit(load_settings(), which, directory=Path(directory) if directory else None)
+    place = edit(
+        _for_series(which, series), which, directory=Path(directory) if directory else None
+    )
     print(f"{place}: commit or amend there, then: inv tree.refresh {which}")
 
 
 @_task("refresh")
-def tree_refresh(_context: Context, which: str, directory: str | None = None) -> None:
+def tree_refresh(
+    _context: Context, which: str, directory: str | None = None, series: str | None = None
+) -> None:
     """Write the commits of that tree back into the series."""
     from harness.build.edit import refresh
 
-    names = refresh(load_settings(), which, directory=Path(directory) if directory else None)
+    names = refresh(
+        _for_series(which, series), which, directory=Path(directory) if directory else None
+    )
     print("\n".join(names) or "nothing changed")
 
 
