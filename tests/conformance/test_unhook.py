@@ -173,7 +173,9 @@ class _Usage:
 
 
 CYCLES = 60
-ROUNDS = 4
+# Stacks of threads that ended are given back by the thousand (mm/vmalloc.c, lazy purging).
+LAZY = {"vmap_area"}
+ROUNDS = 3
 
 
 @pytest.mark.clause("UNHOOK-FREES")
@@ -191,7 +193,7 @@ def test_frees(lab: Lab, manager: SmallManager) -> None:
         _live(manager, life)
         usages.append(_Usage(manager))
     grown = []
-    for cache in usages[0].caches:
+    for cache in usages[0].caches.keys() - LAZY:
         counts = [usage.caches.get(cache, 0) for usage in usages]
         steps = [after - before for before, after in itertools.pairwise(counts)]
         # The kernel's own numbers are coarse (whole slabs); a leak shows in every round.
@@ -199,10 +201,11 @@ def test_frees(lab: Lab, manager: SmallManager) -> None:
             grown.append(f"{cache}: {counts}")
     if grown:
         raise ConformanceError(f"{CYCLES} hooks a round leave objects behind: {'; '.join(grown)}")
-    for before, after in itertools.pairwise(usages):
-        assert after.sockets - before.sockets < CYCLES // 2
-        assert after.files - before.files < CYCLES // 2
-        assert after.threads - before.threads < CYCLES // 2
+    # These are counted per CPU and in batches, so only the whole way tells.
+    first, last, many = usages[0], usages[-1], CYCLES * ROUNDS * 2 // 3
+    assert last.sockets - first.sockets < many
+    assert last.files - first.files < many
+    assert last.threads - first.threads < many
 
 
 @dataclass(frozen=True)
