@@ -191,7 +191,8 @@ def build_clean(_context: Context, days: int = 7) -> None:
 
 
 def _for_series(which: str, directory: str | None) -> Settings:
-    return load_settings(**({f"{which}_series": directory} if directory else {}))
+    options: dict[str, Any] = {f"{which}_series": directory} if directory else {}
+    return load_settings(**options)
 
 
 @_task("edit")
