@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from harness import paths
 from harness.build.progress import note
 from harness.conform import conform
-from harness.errors import BuildError, InfraError, UsageError
+from harness.errors import BuildError, ConformanceError, InfraError, UsageError
 from harness.report.model import Outcome
 from harness.report.store import last_run, load_run
 
@@ -93,6 +93,7 @@ def run(settings: Settings, *, select: str | None = None) -> int:
     :param select: names of mutants, separated by blanks; all by default.
     :returns: 0 when all were noticed, 1 when one survived.
     :raises UsageError: an unknown name.
+    :raises ConformanceError: a clause fails without any mutant.
     :raises BuildError: a mutant does not apply or compile: its patch has to follow the series.
     """
     mutants = load_mutants()
@@ -103,6 +104,13 @@ def run(settings: Settings, *, select: str | None = None) -> int:
             hint=f"there are: {', '.join(mutant.name for mutant in mutants)}",
         )
     chosen = [mutant for mutant in mutants if not names or mutant.name in names]
+    note("The series itself: what mutants must turn red has to be green without them")
+    red = sorted({clause for mutant in chosen for clause in mutant.red})
+    if bad := _hold(_alone(settings), red):
+        raise ConformanceError(
+            f"the series itself does not keep {', '.join(bad)}",
+            hint="mend that first: on these clauses nothing can be learned from mutants",
+        )
     results = []
     for number, mutant in enumerate(chosen, 1):
         note(f"Mutant {number} of {len(chosen)}: {mutant.name}")
@@ -129,17 +137,28 @@ def _verdict(result: _Result) -> str:
 def _run(settings: Settings, mutant: Mutant) -> _Result:
     with _mutated(settings, mutant) as mutated:
         try:
-            conform(mutated, select=" ".join(mutant.red), suites=(SUITE,))
+            failed = _hold(mutated, mutant.red)
         except BuildError as error:
             raise BuildError(
                 f"mutant {mutant.name}: {error.message}",
                 hint=f"make {mutant.patch} follow the series",
                 details=error.details,
             ) from error
-    found = load_run(last_run(_reports(settings)))
-    failed = {verdict.clause for verdict in found.verdicts if verdict.verdict is Outcome.FAIL}
     survived = tuple(clause for clause in mutant.red if clause not in failed)
-    return _Result(mutant, survived, found.path)
+    return _Result(mutant, survived, last_run(_reports(settings)))
+
+
+def _hold(settings: Settings, clauses: Sequence[str]) -> list[str]:
+    """Run the tests of these clauses; answer which of them failed."""
+    conform(settings, select=" ".join(clauses), suites=(SUITE,))
+    verdicts = load_run(last_run(settings.reports)).verdicts
+    failed = {verdict.clause for verdict in verdicts if verdict.verdict is Outcome.FAIL}
+    return [clause for clause in clauses if clause in failed]
+
+
+def _alone(settings: Settings) -> Settings:
+    """One worker, and reports that do not become the newest ones of the series itself."""
+    return dataclasses.replace(settings, reports=_reports(settings), workers=1)
 
 
 @contextmanager
@@ -158,9 +177,7 @@ def _mutated(settings: Settings, mutant: Mutant) -> Iterator[Settings]:
         for patch in sorted(settings.kernel_series.glob("*.patch")):
             shutil.copy(patch, series)
         shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
-        yield dataclasses.replace(
-            settings, cache=root, kernel_series=series, reports=_reports(settings), workers=1
-        )
+        yield dataclasses.replace(_alone(settings), cache=root, kernel_series=series)
     except OSError as error:
         raise InfraError(f"mutant {mutant.name}: {error}") from error
     finally:
