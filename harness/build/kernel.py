@@ -119,15 +119,17 @@ def _make(
     log = settings.cache / "logs" / "kernel.log"
     build = place / f"build-{settings.flavour}"
     first = not build.is_dir()
-    cache.require_space(
-        settings.cache,
-        megabytes=_SPACE_FIRST_MB if first else _SPACE_AGAIN_MB,
-        purpose="building the kernel",
-    )
+    purpose = "building the kernel"
+    cache.require_space(settings.cache, megabytes=_SPACE_AGAIN_MB, purpose=purpose)
+
+    def unpack_source(src: Path) -> None:
+        cache.require_space(settings.cache, megabytes=_SPACE_FIRST_MB, purpose=purpose)
+        unpack(source, src, log=log, progress=progress)
+
     with tree.locked() as lock:
         log.unlink(missing_ok=True)
         progress.update(doing="unpacking the source")
-        tree.prepare(lambda src: unpack(source, src, log=log, progress=progress))
+        tree.prepare(unpack_source)
         progress.update(doing=f"applying {len(series.patches)} patches")
         tree.switch(series)
         build.mkdir(exist_ok=True)

@@ -131,18 +131,20 @@ def _make(
     options = json.dumps([_CONFIGURE, _TOOLS, _compiler()])
     build = place / f"build-{cache.key_of({'options': options})}"
     configured = build / ".configured"
-    cache.require_space(
-        settings.cache,
-        megabytes=_SPACE_AGAIN_MB if configured.exists() else _SPACE_FIRST_MB,
-        purpose="building QEMU",
-    )
+    purpose = "building QEMU"
+    cache.require_space(settings.cache, megabytes=_SPACE_AGAIN_MB, purpose=purpose)
+
+    def unpack_source(src: Path) -> None:
+        cache.require_space(settings.cache, megabytes=_SPACE_FIRST_MB, purpose=purpose)
+        unpack(source, src, log=log, progress=progress)
+
     with tree.locked() as lock:
         log.unlink(missing_ok=True)
         progress.update(doing="fetching meson and ninja")
         tools = _tools(settings, log)
         environment = _environment(tools)
         progress.update(doing="unpacking the source")
-        tree.prepare(lambda src: unpack(source, src, log=log, progress=progress))
+        tree.prepare(unpack_source)
         progress.update(doing=f"applying {len(series.patches)} patches")
         tree.switch(series)
 

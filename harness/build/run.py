@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from harness.errors import BuildError
 
-__all__ = ["bound_to_us", "output_of", "run_logged", "without_space"]
+__all__ = ["bound_to_us", "output_of", "refuse_full_disk", "run_logged", "without_space"]
 
 _KEPT_LINES = 60
 _ERROR_LINE = re.compile(
@@ -27,6 +27,8 @@ _ERROR_LINE = re.compile(
 )
 _NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
 _GRACE_S = 10.0
+# Less than a compiler's next file: what failed on such a disk failed because of it.
+_FULL_BYTES = 4 << 20
 
 
 def bound_to_us(argv: Sequence[str]) -> list[str]:
@@ -89,9 +91,9 @@ def run_logged(
     if status == 0:
         return
     details = "\n".join(last)
-    if _NO_SPACE.search(details) or any(_NO_SPACE.search(line) for line in telling):
-        # As an OSError, so that whoever knows which directory is meant can say it.
-        raise OSError(errno.ENOSPC, f"no space left during {name}", str(cwd))
+    if any(_NO_SPACE.search(line) for line in telling):
+        details = telling[0] + "\n" + details
+    refuse_full_disk(details, log.parent, what=name)
     if status is None:
         raise BuildError(
             f"{name} was ended: not done after {timeout_s:.0f} s",
@@ -186,12 +188,22 @@ def output_of(
         raise BuildError(f"{shlex.join(argv)}: not done after {timeout_s:.0f} s") from error
     if done.returncode != 0:
         complaint = done.stderr.decode(errors="replace").strip()
-        if _NO_SPACE.search(complaint):
-            raise OSError(errno.ENOSPC, f"no space left during {argv[0]}", str(cwd or Path.cwd()))
+        refuse_full_disk(complaint, cwd or Path.cwd(), what=argv[0])
         raise BuildError(
             f"{shlex.join(argv[:6])} failed with exit code {done.returncode}", details=complaint
         )
     return done.stdout.decode(errors="replace")
+
+
+def refuse_full_disk(complaint: str, place: Path, *, what: str) -> None:
+    """Raise if a program failed because a disk is full: it says so, or ``place`` is full.
+
+    Not every program says so, and the log that would have it may be on the same disk.
+
+    :raises OSError: ENOSPC; so that whoever knows which directory is meant can name it.
+    """
+    if _NO_SPACE.search(complaint) or shutil.disk_usage(place).free < _FULL_BYTES:
+        raise OSError(errno.ENOSPC, f"no space left during {what}", str(place))
 
 
 def without_space(error: OSError) -> bool:

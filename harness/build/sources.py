@@ -23,7 +23,7 @@ from pathlib import Path
 from harness.build import cache
 from harness.build.archive import Apt, Archive, machine_archives, machine_codename, primary
 from harness.build.progress import Step, step
-from harness.build.run import bound_to_us, run_logged
+from harness.build.run import bound_to_us, refuse_full_disk, run_logged
 from harness.errors import BuildError
 from harness.settings import Settings
 
@@ -190,6 +190,5 @@ def _pipeline(stages: list[list[str]], *, log: Path, what: str) -> None:
                     process.wait()
     if any(statuses):
         said = log.read_text(errors="replace").strip()
-        if "No space left" in said:
-            raise OSError(28, f"no space left while {what}")
+        refuse_full_disk(said, log.parent, what=what)
         raise BuildError(f"{what} failed", hint=f"log: {log}", details=said)

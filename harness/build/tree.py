@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness.build import cache
-from harness.build.run import output_of
+from harness.build.run import output_of, refuse_full_disk
 from harness.build.series import Series, failure
 from harness.errors import BuildError
 
@@ -60,12 +60,13 @@ class SourceTree:
         if self._manifest.is_file():
             return
         # The manifest is written last: without it, whatever lies here is incomplete.
-        for leftover in (self.src, self._git):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for objects in self.place.glob("build-*"):
-            shutil.rmtree(objects, ignore_errors=True)
-        unpack(self.src)
-        self._run("init", "-q", "--bare", str(self._git))
+        self._discard()
+        try:
+            unpack(self.src)
+            self._run("init", "-q", "--bare", str(self._git))
+        except BaseException:
+            self._discard()
+            raise
         paths = sorted(
             os.path.relpath(Path(top, name), self.src)
             for top, _, names in os.walk(self.src)
@@ -74,6 +75,10 @@ class SourceTree:
         partial = self._manifest.with_suffix(".partial")
         partial.write_text("\n".join(paths) + "\n", errors="surrogateescape")
         partial.rename(self._manifest)
+
+    def _discard(self) -> None:
+        for leftover in (self.src, self._git, *self.place.glob("build-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def switch(self, series: Series) -> None:
         """Make the tree that of ``series``; only files that differ are written.
@@ -94,8 +99,7 @@ class SourceTree:
                                 data=patch.content)  # fmt: skip
             if applied.returncode != 0:
                 complaint = applied.stderr.decode(errors="replace")
-                if "No space left" in complaint:
-                    raise OSError(28, "no space left while applying patches")
+                refuse_full_disk(complaint, self.place, what="applying patches")
                 raise failure(patch, complaint, base=self._base, kind=self._kind)
         tree = self._run("write-tree", index="new-index").strip()
         # --reset also repairs files that a killed predecessor had half written.
