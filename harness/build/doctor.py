@@ -37,6 +37,8 @@ _RELEASES = ("bookworm", "trixie")
 # What a first run leaves in the cache and needs meanwhile, measured and rounded up.
 _DISK_MB = 6000
 _BUILD_MEMORY_MB = 2000
+# By the processor's flag: KVM's module, and its parameter for nested paging.
+_MODULES = {"vmx": ("kvm_intel", "ept"), "svm": ("kvm_amd", "npt")}
 
 
 class State(Enum):
@@ -183,7 +185,8 @@ def _kvm() -> Finding:
             f"sudo usermod -aG kvm {os.environ.get('USER', 'USER')}, then log in again",
         )
     facts = []
-    for module, paging in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    for module, paging in (_MODULES[flag] for flag in _MODULES if flag in flags):
         place = Path("/sys/module") / module / "parameters"
         for name in (paging, "nested"):
             if (place / name).is_file():
@@ -248,18 +251,25 @@ def _host_virtualisation(run: Callable[[str], Answer]) -> Finding:
             "switch virtualisation on (firmware, or the outer hypervisor), and load kvm_intel "
             "or kvm_amd",
         )
-    for module, paging in (("kvm_intel", "ept"), ("kvm_amd", "npt")):
-        value = _text(run(f"cat /sys/module/{module}/parameters/{paging}"))
-        if value in ("Y", "1"):
-            return Finding(subject, State.OK, f"{module}.{paging}={value}")
-        if value:
-            return Finding(
-                subject,
-                State.MISSING,
-                f"{module}.{paging}={value}",
-                f"load {module} with {paging}=1, on a CPU that has it",
-            )
-    return Finding(subject, State.MISSING, "neither kvm_intel nor kvm_amd", "load one of them")
+    # Built into a kernel, both modules show their parameters on any processor.
+    flag = _text(run("grep -o -m1 -w -E 'vmx|svm' /proc/cpuinfo")).partition("\n")[0]
+    if flag not in _MODULES:
+        return Finding(
+            subject,
+            State.MISSING,
+            "the CPU has neither VMX nor SVM",
+            "switch virtualisation on: in the firmware, or nested in the outer hypervisor",
+        )
+    module, paging = _MODULES[flag]
+    value = _text(run(f"cat /sys/module/{module}/parameters/{paging}"))
+    if value in ("Y", "1"):
+        return Finding(subject, State.OK, f"{module}.{paging}={value}")
+    return Finding(
+        subject,
+        State.MISSING,
+        f"{module}.{paging}={value}" if value else f"{module} is not loaded",
+        f"load {module} with {paging}=1, on a CPU that has it",
+    )
 
 
 def _host_capability(run: Callable[[str], Answer], number: int) -> Finding:

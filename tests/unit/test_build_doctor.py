@@ -97,6 +97,7 @@ class _Host:
 
     def run(self, command: str) -> subprocess.CompletedProcess[bytes]:
         command = command.replace("/sys/module", f"{self.place}/sys/module")
+        command = command.replace("/proc/cpuinfo", f"{self.place}/cpuinfo")
         command = command.replace("test -c /dev/kvm", "true")
         env = {"PATH": f"{self.place}/bin:/usr/bin:/bin"}
         return subprocess.run(["/bin/sh", "-c", command], env=env, capture_output=True, check=False)
@@ -113,6 +114,9 @@ def _examined(host: _Host) -> dict[str, Finding]:
 
 
 def test_a_host_that_has_everything(host: _Host) -> None:
+    host.file("/cpuinfo", "flags\t\t: fpu svm npt\n")
+    # As in a kernel that has both built in.
+    host.file("/sys/module/kvm_intel/parameters/ept", "N\n")
     host.file("/sys/module/kvm_amd/parameters/npt", "Y\n")
     host.file("/sys/module/kvm/parameters/introspection", "Y\n")
     host.program("python3", "echo 1")
@@ -125,6 +129,7 @@ def test_a_host_that_has_everything(host: _Host) -> None:
 
 
 def test_a_host_with_stock_kernel_and_stock_qemu(host: _Host) -> None:
+    host.file("/cpuinfo", "flags\t\t: fpu vmx\n")
     host.file("/sys/module/kvm_intel/parameters/ept", "N\n")
     host.program("python3", "echo 0")
     host.program("qemu-system-x86_64", 'echo "QEMU emulator version 7.2"')
@@ -136,6 +141,7 @@ def test_a_host_with_stock_kernel_and_stock_qemu(host: _Host) -> None:
 
 
 def test_the_parameter_that_is_off_is_not_a_missing_kernel(host: _Host) -> None:
+    host.file("/cpuinfo", "flags\t\t: fpu svm\n")
     host.file("/sys/module/kvm_amd/parameters/npt", "1\n")
     host.file("/sys/module/kvm/parameters/introspection", "N\n")
     host.program("python3", "echo 0")
@@ -145,3 +151,8 @@ def test_the_parameter_that_is_off_is_not_a_missing_kernel(host: _Host) -> None:
     assert found["kvm.introspection"].state is State.MISSING
     assert "echo Y >" in found["kvm.introspection"].fix
     assert "does not run" in found["QEMU with KVMI"].found
+
+
+def test_a_host_without_virtualisation(host: _Host) -> None:
+    host.file("/cpuinfo", "flags\t\t: fpu\n")
+    assert "neither VMX nor SVM" in _examined(host)["nested paging"].found
