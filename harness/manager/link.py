@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AgentLink"]
 
-START_TIMEOUT_S = 60.0
+AGENT = Path(__file__).with_name("agent.py")
 _MARGIN_S = 20.0
 
 
@@ -28,11 +28,12 @@ class AgentLink:
     """An agent that runs in a host.
 
     :param host: where to start it; the host's own error is raised when it is gone.
+    :param program: what runs there, a Python file that needs nothing else of ours.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, program: Path = AGENT) -> None:
         self._host = host
-        source = Path(__file__).with_name("agent.py").read_bytes()
+        source = program.read_bytes()
         # The source comes over standard input: nothing is left in the host's file system.
         loader = (
             f"import sys; exec(compile(sys.stdin.buffer.read({len(source)}), 'agent.py', 'exec'))"
@@ -81,6 +82,7 @@ class AgentLink:
             self._waiting.discard(number)
             answer = self._answers.pop(number, None)
             ended = self._ended
+        # An answer that comes later than this finds nobody, and is dropped by the reader.
         if answer is not None:
             if "fault" in answer:
                 raise InfraError(f"the agent could not do {what}", details=answer["fault"])
@@ -101,7 +103,8 @@ class AgentLink:
             self._host.check()
         except HarnessError as error:
             return error
-        return InfraError(message)
+        said = self._process.read_stderr().decode(errors="replace")
+        return InfraError(message, details=said)
 
     def _read(self) -> None:
         reason = "its output ended"

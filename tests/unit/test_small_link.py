@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The connection to an agent, with a real process of this machine at its other end."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from harness.errors import DeadlineError, InfraError
+from harness.hosts import Host
+from harness.manager import link
+from harness.manager.link import AgentLink
+
+PROGRAM = """
+import json, sys, threading
+lock = threading.Lock()
+
+def answer(request):
+    reply = {"id": request["id"]}
+    if request["op"] == "fail":
+        reply["fault"] = "it went wrong here"
+    elif request["op"] == "late":
+        threading.Event().wait(request["limit_s"])
+        reply["ok"] = "late"
+    else:
+        reply["ok"] = request.get("what")
+    with lock:
+        print(json.dumps(reply), flush=True)
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["op"] == "die":
+        sys.exit("dying words")
+    threading.Thread(target=answer, args=(request,), daemon=True).start()
+"""
+
+
+class _Process:
+    """A process of this machine, with as much of RemoteProcess as a link uses."""
+
+    def __init__(self, command: str) -> None:
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin = self._process.stdin
+        self.stdout = self._process.stdout
+
+    def write(self, data: bytes) -> None:
+        self._stdin.write(data)
+        self._stdin.flush()
+
+    def read_stderr(self) -> bytes:
+        assert self._process.stderr is not None
+        return self._process.stderr.read()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.wait(10)
+        for stream in (self.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+class _ThisMachine:
+    """This machine in the part of a host."""
+
+    def __init__(self) -> None:
+        self.processes: list[_Process] = []
+
+    def spawn(self, command: str) -> _Process:
+        self.processes.append(_Process(command))
+        return self.processes[-1]
+
+    def check(self) -> None:
+        """Nothing is ever wrong with it."""
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[AgentLink]:
+    """A link to the program above."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    made = AgentLink(cast(Host, cast(Any, _ThisMachine())), program=program)
+    yield made
+    made.close()
+
+
+def test_answers_find_their_requests(agent: AgentLink) -> None:
+    """A request that is answered late does not hold up the others, and gets its own answer."""
+    late = agent.send("late", limit_s=0.3)
+    assert [agent.call("echo", what=number) for number in range(20)] == list(range(20))
+    assert not agent.answered(late)
+    assert agent.wait(late, what="late", timeout_s=10) == "late"
+
+
+def test_fault(agent: AgentLink) -> None:
+    """A refused request is our own error, with the agent's words; the link goes on."""
+    with pytest.raises(InfraError, match="could not do fail") as caught:
+        agent.call("fail")
+    assert caught.value.details == "it went wrong here"
+    assert agent.call("echo", what="on") == "on"
+
+
+def test_death(agent: AgentLink) -> None:
+    """An agent that ends is our own error with its last words, for this request and the next."""
+    with pytest.raises(InfraError, match="ended during die") as caught:
+        agent.call("die")
+    assert "dying words" in caught.value.details
+    assert not agent.alive
+    with pytest.raises(InfraError):
+        agent.call("echo")
+
+
+def test_silence(agent: AgentLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is not answered in time is a deadline error that names it."""
+    monkeypatch.setattr(link, "_MARGIN_S", 0.0)
+    number = agent.send("late", limit_s=5)
+    with pytest.raises(DeadlineError, match="did not answer late"):
+        agent.wait(number, what="late", timeout_s=0.1)
