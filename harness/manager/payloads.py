@@ -46,7 +46,7 @@ MAILBOX_WORDS = {
 }  # fmt: skip
 
 CR0_PE, CR0_PROTECTED, CR0_PAGING = 0x1, 0x30, 0x8001_0000  # ET+NE; PG+WP
-CR4_PAE = 0x20
+CR4_PAE, CR4_SMAP = 0x20, 0x20_0000
 EFER_LME_LMA = 0x500
 RFLAGS_FIXED, RFLAGS_IF = 0x2, 0x200
 
@@ -150,6 +150,8 @@ class Machine:
     :param cpl: privilege level of the code (long mode only).
     :param alias: run the code at its second mapping (long mode only), so that the
         linear address of an instruction is not its physical one.
+    :param smap: keep ring 0 from the pages of outer rings (which all pages are here, so
+        the payload's exception handlers cannot run).
     :param interrupts: start with interrupts enabled.
     :param registers: general registers to start with, over the defaults.
     """
@@ -159,6 +161,7 @@ class Machine:
     mode: Mode = "long"
     cpl: int = 0
     alias: bool = False
+    smap: bool = False
     interrupts: bool = False
     registers: Mapping[str, int] = field(default_factory=dict)
 
@@ -257,7 +260,7 @@ class Machine:
                 "gdt": struct.pack("<QHHHH", GDT, len(self._gdt()) - 1, 0, 0, 0),
                 "idt": struct.pack("<QHHHH", IDT, 0xFFF, 0, 0, 0),
                 "cr3": struct.pack("<Q", PML4),
-                "cr4": struct.pack("<Q", CR4_PAE),
+                "cr4": struct.pack("<Q", CR4_PAE | (CR4_SMAP if self.smap else 0)),
                 "efer": struct.pack("<Q", EFER_LME_LMA),
             }  # fmt: skip
         special["cr0"] = struct.pack("<Q", cr0)

@@ -134,6 +134,7 @@ class SmallManager:
         mode: Mode = "long",
         cpl: int = 0,
         alias: bool = False,
+        smap: bool = False,
         interrupts: bool = False,
         registers: Mapping[str, int] | None = None,
         irqchip: bool = False,
@@ -152,8 +153,8 @@ class SmallManager:
             raise ValueError(f"at most {MAX_VCPUS} vCPUs")
         code = Payload.load(payload, vendor=self.vendor, root=self._cache)
         machine = Machine(
-            payload=code, vcpus=vcpus, mode=mode, cpl=cpl, alias=alias, interrupts=interrupts,
-            registers=registers or {},
+            payload=code, vcpus=vcpus, mode=mode, cpl=cpl, alias=alias, smap=smap,
+            interrupts=interrupts, registers=registers or {},
         )  # fmt: skip
         all_slots = [Slot(slot=0, gpa=0, size=memory_kb << 10, flags=flags), *slots]
         name = self.new_name("vm")

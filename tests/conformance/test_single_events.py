@@ -10,6 +10,7 @@ from checks import enable, next_event_of, silent
 from conftest import Lab
 
 from harness.manager.payloads import ALIAS
+from harness.plugin import skip_clause
 from harness.plugin.fixtures import ClauseNotes
 
 KVM_ENOSYS = (-1000) & 0xFFFF_FFFF_FFFF_FFFF
@@ -155,6 +156,21 @@ def test_breakpoint_payload(lab: Lab, alias: bool, cpl: int) -> None:
 
 
 @pytest.mark.clause("EV-BP-PAYLOAD")
+def test_breakpoint_of_a_program(lab: Lab) -> None:
+    """A program's breakpoint has its address also where the guest's kernel may not read it."""
+    if "smap" not in lab.manager.read_file("/proc/cpuinfo").split():
+        skip_clause("the host's CPU has no SMAP")
+    vm, session = lab.pair(cpl=3, smap=True)
+    enable(session, "BREAKPOINT")
+    vm.call_out(1, kind=1)
+    event = next_event_of(session, "BREAKPOINT")
+    assert event.fields.gpa == vm.machine.address("breakpoint_site")
+    session.command("VCPU_SET_REGISTERS", regs=event.regs, rip=event.regs.rip + 1).ok()
+    session.answer(event, "RETRY")
+    vm.wait_word("done", 1)
+
+
+@pytest.mark.clause("EV-BP-PAYLOAD")
 def test_prefixed_breakpoint(lab: Lab) -> None:
     """The length is that of the whole instruction, with its prefix."""
     vm, session = lab.pair()
@@ -185,6 +201,21 @@ def test_breakpoint_continue(lab: Lab, cpl: int) -> None:
     assert vm.word("trap_ip") == vm.machine.linear("breakpoint_site") + 1
     assert vm.word("faults") == 0
     silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("EV-BP-CONTINUE", "VCPUCTLEVT-ENABLE")
+def test_many_breakpoints(lab: Lab) -> None:
+    """Each of 300 breakpoints on two vCPUs is one event and one exception for the guest."""
+    vm, session = lab.pair(vcpus=2)
+    session.handle("BREAKPOINT", lambda event: "CONTINUE")
+    for vcpu in (0, 1):
+        enable(session, "BREAKPOINT", vcpu=vcpu)
+        vm.call_out(150, kind=1, vcpu=vcpu)
+    for vcpu in (0, 1):
+        vm.wait_word("done", 150, vcpu=vcpu, timeout_s=20)
+    silent(session, vcpus=[0, 1])
+    assert session.count("BREAKPOINT") == 300
+    assert [vm.word("traps", vcpu=vcpu) for vcpu in (0, 1)] == [150, 150]
 
 
 @pytest.mark.clause("EV-BP-RETRY")
