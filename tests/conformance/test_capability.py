@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.build.kernel import resolve_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from checks import continues, enable, next_event_of, requires, silent, supported_events
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm

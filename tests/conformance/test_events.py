@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checks import RawTool, continues, enable, ends_dead, next_event_of, requires, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.payloads import REGS

@@ -18,7 +18,7 @@ from checks import (
     supported_commands,
     supported_events,
 )
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm

@@ -12,7 +12,7 @@ from checks import (
     continues,
     supported_commands,
 )
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm

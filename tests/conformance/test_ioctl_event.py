@@ -7,7 +7,7 @@ import struct
 
 import pytest
 from checks import allowed_events, continues, supported_events
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from checks import ALWAYS_ALLOWED, continues, enable, ends_dead, next_event_of, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.hosts import Host

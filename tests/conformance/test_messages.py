@@ -18,7 +18,7 @@ from checks import (
     silent,
     supported_commands,
 )
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.payloads import FREE

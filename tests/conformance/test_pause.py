@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from checks import continues, enable, ends_dead, next_event_of, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.errors import ConformanceError
 from harness.manager.smallvm import SmallVm

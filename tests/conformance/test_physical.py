@@ -8,7 +8,7 @@ import struct
 
 import pytest
 from checks import continues, ends_dead
-from conftest import Lab
+from lab import Lab
 
 from harness.errors import SessionClosed
 from harness.manager.payloads import FREE, MAILBOX_WORDS

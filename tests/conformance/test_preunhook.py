@@ -8,7 +8,7 @@ import time
 
 import pytest
 from checks import RawTool, continues, ends_dead, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.errors import SessionClosed, SilenceError
 from harness.manager.smallvm import SmallVm

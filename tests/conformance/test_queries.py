@@ -7,7 +7,7 @@ import struct
 
 import pytest
 from checks import ALWAYS_ALLOWED, continues, supported_commands, supported_events
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.errors import ConformanceError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from checks import enable, next_event_of, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.manager.payloads import ALIAS
 from harness.plugin import skip_clause

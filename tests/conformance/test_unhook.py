@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from checks import continues, enable, ends_dead, requires
-from conftest import Lab
+from lab import Lab
 
 from harness.errors import ConformanceError
 from harness.manager.small import SmallManager

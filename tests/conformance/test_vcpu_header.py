@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from checks import continues, enable, next_event_of, silent
-from conftest import Lab
+from lab import Lab
 
 EINVAL = -22
 

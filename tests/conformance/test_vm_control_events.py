@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from checks import continues, silent
-from conftest import Lab
+from lab import Lab
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm
