@@ -149,7 +149,8 @@ def login_until(
 class RemoteOutput:
     """The standard output of a :class:`RemoteProcess`, as a reader of bytes.
 
-    It ends (empty reads) when the program closed it and when the way to it broke.
+    It ends (empty reads) when the program closed it and when the way to it broke. One
+    thread may read while others write.
     """
 
     def __init__(self, channel: paramiko.Channel, what: str) -> None:
@@ -158,7 +159,7 @@ class RemoteOutput:
         self._rest = b""
 
     def _more(self, deadline: float | None) -> bytes:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        left = None if deadline is None else max(0.01, deadline - time.monotonic())
         self._channel.settimeout(left)
         try:
             return self._channel.recv(65536)
@@ -215,8 +216,12 @@ class RemoteProcess:
         :raises OSError: the program or the way to it has ended.
         """
         with self._write_lock:
-            self._channel.settimeout(None)
-            self._channel.sendall(data)
+            while data:
+                # A channel has one time limit for both directions, and it is the reader's.
+                with contextlib.suppress(TimeoutError):
+                    if (sent := self._channel.send(data)) == 0:
+                        raise BrokenPipeError(f"its standard input is closed: {self.command}")
+                    data = data[sent:]
 
     def close_stdin(self) -> None:
         """End its standard input; output can still be read."""
