@@ -56,7 +56,7 @@ class MachineFacts:
     kernel_release: str
     kernel_series: str
     guest_qemu: str
-    """Version and series of the QEMU in the host."""
+    """Version of the QEMU in the host, which runs the guests."""
     machine: str
     """The machine that all this runs on: CPU model and cores."""
 

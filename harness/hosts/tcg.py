@@ -14,10 +14,7 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,14 +23,14 @@ from typing import TYPE_CHECKING
 
 from harness.build import cache, progress
 from harness.build.run import output_of
-from harness.errors import DeadlineError, HarnessError, InfraError, LostHostError, UsageError
-from harness.hosts import process
+from harness.errors import BuildError, DeadlineError, HarnessError, InfraError, UsageError
 from harness.hosts.base import MachineFacts
-from harness.hosts.console import Console
+from harness.hosts.console import Console, complaints_in
+from harness.hosts.emulator import Emulator, Place, option_value
 from harness.hosts.host import Host
-from harness.hosts.monitor import Monitor
 from harness.hosts.ssh import Keys
 from harness.hosts.tsc import tsc_khz
+from harness.paths import GUEST_IMAGES
 
 if TYPE_CHECKING:
     from harness.build.images import Images
@@ -47,7 +44,6 @@ EMULATOR = "qemu-system-x86_64"
 _START_TIMEOUT_S = 20.0
 _BOOT_TIMEOUT_S = 120.0
 _RESTORE_TIMEOUT_S = 30.0
-_SAVE_TIMEOUT_S = 60.0
 
 # How often a host is booted until its clock is right, and how far it may be off: as much
 # as a crystal, since guests' clocks are set by the one and go by the other.
@@ -135,7 +131,7 @@ class TcgTarget:
             "kernel": kernel.key,
             "images": images.key,
             "emulator": _emulator_version(),
-            "argv": "\0".join(self._arguments(_Place.unnamed(), KERNEL_OPTIONS)),
+            "argv": "\0".join(self._arguments(Place.unnamed(), KERNEL_OPTIONS)),
             "recipe": _TEMPLATE_RECIPE,
             # The saved machine keeps time by this processor's counter.
             "processor": f"{_processor()} {tsc_khz() / 10_000:.0f}",
@@ -148,7 +144,7 @@ class TcgTarget:
             self._settings.cache, megabytes=self._settings.host_memory_mb, purpose="a saved host"
         )
         template = _Template(directory)
-        place = _Place(
+        place = Place(
             name="template",
             memory=template.memory,
             share=True,
@@ -180,11 +176,11 @@ class TcgTarget:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def _boot_and_save(self, template: _Template, place: _Place) -> bool:
+    def _boot_and_save(self, template: _Template, place: Place) -> bool:
         """Fill the template's directory; False if the host's clock turned out unusable."""
         for path in (template.console, place.log, template.memory):
             path.unlink(missing_ok=True)
-        emulator = _Emulator.start(self._arguments(place, self._options()), place)
+        emulator = Emulator.start(self._arguments(place, self._options()), place)
         with self._host(emulator, template.directory) as host:
             emulator.open(timeout_s=_START_TIMEOUT_S)
             self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
@@ -194,6 +190,8 @@ class TcgTarget:
             facts = json.dumps(self._look(host).as_dict(), indent=1)
             (template.directory / "facts.json").write_text(facts + "\n")
             host.check()
+            for complaint in complaints_in(host.console.since()):
+                progress.note(f"the host's kernel complained while it booted: {complaint.line}")
             emulator.save(template.state)
         return True
 
@@ -205,12 +203,16 @@ class TcgTarget:
     def _look(self, host: Host) -> MachineFacts:
         """The facts of a booted host, as it tells them."""
         assert self._kernel is not None
+        release = host.run("uname -r").text
+        npt = host.run("cat /sys/module/kvm_amd/parameters/npt", check=False).text
+        qemu = host.run("/opt/qemu/bin/qemu-system-x86_64 --version", check=False)
+        if qemu.returncode != 0:
+            raise BuildError(
+                "the QEMU of the host image does not run in it",
+                hint=f"is a library missing in {GUEST_IMAGES / 'host/packages'}?",
+                details=qemu.stderr.decode(errors="replace"),
+            )
         settings = self._settings
-        answers = host.run(
-            "uname -r; cat /sys/module/kvm_amd/parameters/npt;"
-            " /opt/qemu/bin/qemu-system-x86_64 --version | head -n 1"
-        ).text.splitlines()
-        release, npt, qemu = (answers + [""] * 3)[:3]
         return MachineFacts(
             target=self.name,
             emulated=True,
@@ -219,10 +221,10 @@ class TcgTarget:
             cpus=settings.host_cpus,
             memory_mb=settings.host_memory_mb,
             virtualisation=f"SVM, emulated by QEMU TCG {_emulator_version()}",
-            nested_paging=npt.strip() in ("Y", "1"),
+            nested_paging=npt in ("Y", "1"),
             kernel_release=release,
             kernel_series=self._kernel.series,
-            guest_qemu=qemu.replace("QEMU emulator version ", ""),
+            guest_qemu=_version_in(qemu.text),
             machine=f"{_processor()}, {os.cpu_count()} CPUs",
         )
 
@@ -244,7 +246,7 @@ class TcgTarget:
         """
         template = self._prepared()
         evidence.mkdir(parents=True, exist_ok=True)
-        place = _Place(
+        place = Place(
             name=name,
             memory=None if without_options else template.memory,
             share=False,
@@ -254,11 +256,11 @@ class TcgTarget:
         argv = self._arguments(place, self._options(without_options))
         if without_options:
             place.console.write_bytes(b"")
-            emulator = _Emulator.start(argv, place)
+            emulator = Emulator.start(argv, place)
         else:
             # What the kernel said while it booted belongs to this host's story, too.
             shutil.copyfile(template.console, place.console)
-            emulator = _Emulator.start([*argv, "-incoming", "defer"], place)
+            emulator = Emulator.start([*argv, "-incoming", "defer"], place)
         host = self._host(emulator, evidence)
         try:
             emulator.open(timeout_s=_START_TIMEOUT_S)
@@ -274,7 +276,7 @@ class TcgTarget:
             raise
         return host
 
-    def _host(self, emulator: _Emulator, evidence: Path) -> Host:
+    def _host(self, emulator: Emulator, evidence: Path) -> Host:
         assert self._keys is not None
         place = emulator.place
         return Host(
@@ -293,7 +295,7 @@ class TcgTarget:
             error.details = host.console.tail()
             raise
 
-    def _arguments(self, place: _Place, options: Sequence[str]) -> list[str]:
+    def _arguments(self, place: Place, options: Sequence[str]) -> list[str]:
         """The emulator's command line."""
         assert self._kernel is not None
         assert self._images is not None
@@ -304,7 +306,7 @@ class TcgTarget:
         else:
             share = "on" if place.share else "off"
             backend = f"memory-backend-file,id=memory,{memory},share={share}"
-            backend += f",mem-path={_value(place.memory)}"
+            backend += f",mem-path={option_value(place.memory)}"
         drive = "format=raw,if=none,readonly=on"
         return [
             EMULATOR,
@@ -329,10 +331,10 @@ class TcgTarget:
             # A restart, also the one after a panic, ends the emulator.
             "-no-reboot",
             # /dev/vda: the system. Shared by all hosts, read-only.
-            "-drive", f"file={_value(self._images.host_disk)},{drive},id=system",
+            "-drive", f"file={option_value(self._images.host_disk)},{drive},id=system",
             "-device", "virtio-blk-pci,drive=system,addr=5",
             # /dev/vdb: what guests boot. Apart, because it changes with every kernel.
-            "-drive", f"file={_value(self._images.guest_disk)},{drive},id=guest",
+            "-drive", f"file={option_value(self._images.guest_disk)},{drive},id=guest",
             "-device", "virtio-blk-pci,drive=guest,addr=6",
             # User network: the host reaches us at 10.0.2.2. Port 0 lets the system choose a
             # free port for SSH, so no two hosts can ask for the same one.
@@ -340,143 +342,9 @@ class TcgTarget:
             # No option ROM: the machine never boots from the network.
             "-device", "virtio-net-pci,netdev=net,romfile=,addr=4",
             # The console, appended to what is there already.
-            "-chardev", f"file,id=console,path={_value(place.console)},append=on",
+            "-chardev", f"file,id=console,path={option_value(place.console)},append=on",
             "-serial", "chardev:console",
         ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one emulator has its files."""
-
-    name: str
-    memory: Path | None
-    """The file that is the machine's memory; None for memory of its own."""
-    share: bool
-    """Whether it may write that file."""
-    console: Path
-    log: Path
-
-    @classmethod
-    def unnamed(cls) -> _Place:
-        """For the part of the command line that is the same for all."""
-        nowhere = Path("/")
-        return cls(name="", memory=nowhere, share=False, console=nowhere, log=nowhere)
-
-
-class _Emulator:
-    """One QEMU process, as the :class:`harness.hosts.host.Machine` of a host."""
-
-    def __init__(
-        self, child: subprocess.Popen[bytes], place: _Place, control: socket.socket
-    ) -> None:
-        self.place = place
-        self._child = child
-        self._monitor = Monitor(control, check=self._check)
-        self._port = 0
-
-    @classmethod
-    def start(cls, argv: Sequence[str], place: _Place) -> _Emulator:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # The control connection needs no name in any file system.
-            control = ["-chardev", f"socket,id=control,fd={theirs.fileno()}"]
-            control += ["-mon", "chardev=control,mode=control"]
-            try:
-                child = process.start(
-                    [*argv, *control], stderr=place.log, pass_fds=[theirs.fileno()]
-                )
-            except BaseException:
-                ours.close()
-                raise
-        return cls(child, place, ours)
-
-    def open(self, *, timeout_s: float) -> None:
-        """Wait until it obeys, and learn its SSH port."""
-        self._monitor.open(timeout_s=timeout_s)
-        table = self._monitor.human("info usernet")
-        found = re.search(r"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d+) ", table, re.MULTILINE)
-        if found is None:
-            raise InfraError(
-                f"host {self.place.name}: the emulator forwards no port to SSH", details=table
-            )
-        self._port = int(found[1])
-
-    def _share_memory(self) -> None:
-        # The memory file is the memory: only the rest of the machine is in the stream.
-        capability = {"capability": "x-ignore-shared", "state": True}
-        self._monitor.execute("migrate-set-capabilities", capabilities=[capability])
-
-    def save(self, state: Path) -> None:
-        """Stop the machine and write all of it but the memory to ``state``."""
-        self._share_memory()
-        self._monitor.execute("stop")
-        # exec: is the one form that QEMU 7.2 and 10.0 both have for files.
-        self._monitor.execute("migrate", uri=f"exec:cat >{shlex.quote(str(state))}")
-        self._monitor.wait_migrated(timeout_s=_SAVE_TIMEOUT_S)
-        self._monitor.execute("quit")
-        process.end(self._child, grace_s=_SAVE_TIMEOUT_S)
-
-    def restore(self, state: Path) -> None:
-        """Load what :meth:`save` wrote, and let the machine run."""
-        self._share_memory()
-        self._monitor.execute("migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
-        self._monitor.wait_migrated(timeout_s=_RESTORE_TIMEOUT_S)
-        self._monitor.execute("cont")
-
-    # -- Machine ----------------------------------------------------------------------
-
-    def dial(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self._port), timeout=5.0)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def _last_words(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.place.log.read_text(errors="replace").strip()
-        return ""
-
-    def ended(self, *, within_s: float = 0.0) -> str | None:
-        try:
-            status = self._child.wait(within_s)
-        except subprocess.TimeoutExpired:
-            return None
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        last = self._last_words().splitlines()[-1:]
-        return f"its emulator (process {self._child.pid}) ended with {', '.join([how, *last])}"
-
-    def crashed(self) -> bool:
-        # With -no-reboot a restart ends the emulator in peace, as does a triple fault; so
-        # does SIGTERM from somebody, but that it reports.
-        return self._child.poll() == 0 and "terminating on signal" not in self._last_words()
-
-    def _check(self) -> None:
-        # Asked when the control connection failed, which it does before the process is gone.
-        if (ended := self.ended(within_s=1.0)) is not None:
-            raise LostHostError(
-                f"host {self.place.name} is gone: {ended}",
-                hint=f"the emulator's log is {self.place.log}",
-                details=self._last_words(),
-            )
-
-    def tool_address(self, port: int) -> tuple[str, int]:
-        return "10.0.2.2", port
-
-    def login_command(self, keys: Keys) -> list[str]:
-        return [
-            "ssh", "-F", "none", "-i", str(keys.client_path), "-p", str(self._port),
-            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-            "-o", "LogLevel=ERROR", "root@127.0.0.1",
-        ]  # fmt: skip
-
-    def close(self) -> None:
-        self._monitor.close()
-        process.end(self._child)
-
-
-def _value(path: Path) -> str:
-    """A path as the value of a QEMU option, where a comma would end it."""
-    return str(path).replace(",", ",,")
 
 
 def _warm_up(host: Host) -> None:
@@ -507,8 +375,12 @@ def _emulator_version() -> str:
         raise UsageError(
             f"{EMULATOR} is not installed", hint="`inv doctor` says which package has it"
         )
-    first = output_of([EMULATOR, "--version"]).splitlines()[0]
-    return first.replace("QEMU emulator version ", "").strip()
+    return _version_in(output_of([EMULATOR, "--version"]))
+
+
+def _version_in(text: str) -> str:
+    """The version in what ``--version`` prints."""
+    return text.partition("\n")[0].replace("QEMU emulator version ", "").strip()
 
 
 def _processor() -> str:

@@ -16,6 +16,7 @@ from harness.build.images import Images
 from harness.build.kernel import KernelBuild
 from harness.errors import InfraError, LostHostError, UsageError
 from harness.hosts import process, target_for, tcg
+from harness.hosts.emulator import Place
 from harness.hosts.monitor import Monitor
 from harness.hosts.tsc import tsc_khz
 from harness.settings import Settings
@@ -39,7 +40,7 @@ def target(tmp_path: Path) -> tcg.TcgTarget:
     return one
 
 
-def _place(**changes: object) -> tcg._Place:
+def _place(**changes: object) -> Place:
     given: dict[str, object] = {
         "name": "w0",
         "memory": Path("/t/memory"),
@@ -47,7 +48,7 @@ def _place(**changes: object) -> tcg._Place:
         "console": Path("/e/console.log"),
         "log": Path("/e/emulator.log"),
     }
-    return tcg._Place(**(given | changes))  # type: ignore[arg-type]
+    return Place(**(given | changes))  # type: ignore[arg-type]
 
 
 def _after(argv: list[str], option: str) -> list[str]:
