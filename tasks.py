@@ -63,6 +63,7 @@ _OPTIONS = {
     "kernel_series": "directory of the kernel's patches",
     "qemu_series": "directory of QEMU's patches",
     "flavour": "kernel configuration fragment on top of base",
+    "kernel": "a bzImage that was built elsewhere, instead of the series",
     "reports": "directory of the reports",
     "select": "only these clauses (patterns), test files, or an expression of pytest -k",
     "repeat": "run each test so many times, until one is not good",
@@ -290,6 +291,7 @@ def conform(
     kernel_series: str | None = None,
     qemu_series: str | None = None,
     flavour: str | None = None,
+    kernel: str | None = None,
     reports: str | None = None,
 ) -> int:
     """Hold kernel and QEMU to the suite: build, boot, run, report."""
@@ -301,6 +303,7 @@ def conform(
         kernel_series=kernel_series,
         qemu_series=qemu_series,
         flavour=flavour,
+        kernel=kernel,
         reports=reports,
     )
     return run(settings, select=select, repeat=repeat)

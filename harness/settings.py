@@ -53,6 +53,8 @@ class Settings:
     """Directory of QEMU's patches."""
     flavour: _Name = "base"
     """Kernel configuration: ``base``, or a further fragment of this name on top of it."""
+    kernel: Path | None = None
+    """A bzImage that was built elsewhere, to be tested instead of series and flavour."""
     jobs: _Count = field(default_factory=_free_cores)
     """Compilers that run at once."""
     reports: Path = Path("reports")
@@ -112,7 +114,7 @@ def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any
             raise UsageError(
                 f"{where}: unknown setting {key!r}", hint=f"known are: {', '.join(sorted(_TYPES))}"
             )
-        if _TYPES[key] is Path:
+        if _TYPES[key] in (Path, Path | None):
             if not isinstance(value, str | Path):
                 raise UsageError(
                     f"{where}: {key} = {value!r} is not a path", hint='a path is text: "…"'

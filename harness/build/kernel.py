@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -44,24 +45,31 @@ class KernelBuild:
     """A kernel in the cache."""
 
     bzimage: Path
-    config: Path
-    """The configuration it was built with, complete."""
+    config: Path | None
+    """The configuration it was built with, complete; None if it was built elsewhere."""
     release: str
     """What ``uname -r`` says: the version, and the start of the series' digest."""
     key: str
     """The hash of all that went into it."""
     series: str
-    """What reports call the series: ``linux@`` and the start of its digest."""
+    """What reports call the series: ``linux@`` and the start of its digest.
+
+    ``bzImage@`` and the start of the image's digest if it was built elsewhere.
+    """
 
 
 def build_kernel(settings: Settings) -> KernelBuild:
     """The kernel of ``settings.kernel_series`` and ``settings.flavour``, built if need be.
 
-    :raises UsageError: the series or the flavour is not there.
+    With ``settings.kernel`` it is a copy of that image, which may change meanwhile.
+
+    :raises UsageError: the series or the flavour is not there, or the image is no bzImage.
     :raises PatchError: a patch does not apply; the source tree is as it was.
     :raises ConfigError: an option that a fragment asks for got lost.
     :raises BuildError: fetching, unpacking or compiling failed.
     """
+    if settings.kernel:
+        return _built_elsewhere(settings.kernel, root=settings.cache)
     series = load_series(settings.kernel_series)
     fragments = _fragments(settings.flavour, series)
     asked = [one for path in fragments for one in kconfig.read_fragment(path)]
@@ -88,6 +96,34 @@ def build_kernel(settings: Settings) -> KernelBuild:
         release=record["release"],
         key=place.name,
         series=series.id,
+    )
+
+
+def _built_elsewhere(image: Path, *, root: Path) -> KernelBuild:
+    try:
+        data = image.read_bytes()
+        # Documentation/arch/x86/boot.rst: magic "HdrS" at 0x202; kernel_version, at 0x20e,
+        # points to the version as text, counted from 0x200.
+        if data[0x202:0x206] != b"HdrS":
+            raise ValueError("it is no bzImage")
+        start = 0x200 + int.from_bytes(data[0x20E:0x210], "little")
+        release = data[start : data.index(0, start)].decode().partition(" ")[0]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{image} cannot be the kernel under test: {error}",
+            hint="name arch/x86/boot/bzImage of a build tree",
+        ) from error
+
+    def copy(into: Path) -> None:
+        (into / "bzImage").write_bytes(data)
+
+    place = cache.entry("kernel-image", {"image": data}, copy, root=root)
+    return KernelBuild(
+        bzimage=place / "bzImage",
+        config=None,
+        release=release,
+        key=place.name,
+        series=f"bzImage@{hashlib.sha256(data).hexdigest()[:8]}",
     )
 
 
