@@ -83,13 +83,21 @@ class Target(Protocol):
     def facts(self) -> MachineFacts:
         """The facts of the prepared target."""
 
-    def start(self, *, name: str, evidence: Path, without_options: Sequence[str] = ()) -> Host:
+    def start(
+        self,
+        *,
+        name: str,
+        evidence: Path,
+        without_options: Sequence[str] = (),
+        with_options: Sequence[str] = (),
+    ) -> Host:
         """A fresh host that answers commands.
 
         :param name: for messages; unique among the hosts that live at one time.
         :param evidence: a directory for its console and other logs; made if missing.
         :param without_options: options to take off the default kernel command line, such
             as ``kvm.introspection=1``. Such a host is booted from nothing.
+        :param with_options: options to put at the end of the command line, likewise.
         :raises HostCrashedError: its kernel panicked on the way.
         :raises InfraError: it did not come up; the console's end is in ``details``.
         """

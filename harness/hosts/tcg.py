@@ -195,10 +195,10 @@ class TcgTarget:
             emulator.save(template.state)
         return True
 
-    def _options(self, without: Sequence[str] = ()) -> list[str]:
+    def _options(self, without: Sequence[str] = (), more: Sequence[str] = ()) -> list[str]:
         """The kernel command line of a host that boots now."""
         options = [option for option in KERNEL_OPTIONS if option not in without]
-        return [*options, f"tsc_early_khz={tsc_khz()}"]
+        return [*options, f"tsc_early_khz={tsc_khz()}", *more]
 
     def _look(self, host: Host) -> MachineFacts:
         """The facts of a booted host, as it tells them."""
@@ -239,22 +239,30 @@ class TcgTarget:
 
     # -- hosts ------------------------------------------------------------------------
 
-    def start(self, *, name: str, evidence: Path, without_options: Sequence[str] = ()) -> Host:
+    def start(
+        self,
+        *,
+        name: str,
+        evidence: Path,
+        without_options: Sequence[str] = (),
+        with_options: Sequence[str] = (),
+    ) -> Host:
         """A fresh host that answers commands, restored in about a second. See :class:`Target`.
 
-        With ``without_options`` it is booted from nothing, in some seconds.
+        With other kernel options than usual it is booted from nothing, in some seconds.
         """
+        cold = bool(without_options or with_options)
         template = self._prepared()
         evidence.mkdir(parents=True, exist_ok=True)
         place = Place(
             name=name,
-            memory=None if without_options else template.memory,
+            memory=None if cold else template.memory,
             share=False,
             console=evidence / "console.log",
             log=evidence / "emulator.log",
         )
-        argv = self._arguments(place, self._options(without_options))
-        if without_options:
+        argv = self._arguments(place, self._options(without_options, with_options))
+        if cold:
             place.console.write_bytes(b"")
             emulator = Emulator.start(argv, place)
         else:
@@ -264,7 +272,7 @@ class TcgTarget:
         host = self._host(emulator, evidence)
         try:
             emulator.open(timeout_s=_START_TIMEOUT_S)
-            if without_options:
+            if cold:
                 self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
             else:
                 emulator.restore(template.state)

@@ -94,12 +94,16 @@ def fresh_host(
     """A host for this test alone, just restored; for tests that leave one changed or dead.
 
     With ``@pytest.mark.boot_without("kvm.introspection=1")`` it is booted from nothing,
-    without these options of the usual kernel command line.
+    without these options of the usual kernel command line; with
+    ``@pytest.mark.boot_with("kvm.tdp_mmu=0")`` these are added to it.
     """
-    without = [
-        option for marker in request.node.iter_markers("boot_without") for option in marker.args
-    ]
-    yield from _lend(current(request.node), kvmi_pool, settings, fresh=True, without=without)
+    options = {
+        f"{name}_options": [
+            option for marker in request.node.iter_markers(f"boot_{name}") for option in marker.args
+        ]
+        for name in ("with", "without")
+    }
+    yield from _lend(current(request.node), kvmi_pool, settings, fresh=True, **options)
 
 
 def _lend(
@@ -108,10 +112,10 @@ def _lend(
     settings: Settings,
     *,
     fresh: bool,
-    without: Sequence[str] = (),
+    **options: Sequence[str],
 ) -> Iterator[Host]:
     __tracebackhide__ = True
-    lease = pool.lend(test=state.test, fresh=fresh, without_options=without)
+    lease = pool.lend(test=state.test, fresh=fresh, **options)
     state.leases.append(lease)
     yield lease.pooled.host
     try:

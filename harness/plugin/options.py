@@ -15,6 +15,7 @@ __all__ = ["Session", "add_markers", "add_options"]
 MARKERS = (
     "clause(id, ...): the clauses (harness/abi/clauses.toml) whose promise this test checks",
     "boot_without(option, ...): fresh_host is booted without these kernel options",
+    "boot_with(option, ...): fresh_host is booted with these kernel options added",
     "lifecycle: a long sequence with a real guest; starts first, and its host stays under "
     "watch for a while after it",
 )

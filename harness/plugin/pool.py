@@ -172,9 +172,10 @@ class HostPool:
         self._shared: PooledHost | None = None
         self._failures: list[str] = []
 
-    def start(self, *, test: str, without_options: Sequence[str] = ()) -> PooledHost:
+    def start(self, *, test: str, **options: Sequence[str]) -> PooledHost:
         """Start a host of its own for a test.
 
+        :param options: ``without_options`` and ``with_options`` of :meth:`Target.start`.
         :raises HostsGivenUp: starting failed too often before; nothing was tried.
         :raises HarnessError: what the target raises; it is remembered.
         """
@@ -189,24 +190,22 @@ class HostPool:
         evidence.mkdir(parents=True, exist_ok=True)
         self._on_phase(f"start host {name}")
         try:
-            # Most hosts are restored, not booted: the option is for those that are.
-            more: dict[str, Any] = {"without_options": without_options} if without_options else {}
-            host = self._target.start(name=name, evidence=evidence, **more)
+            # Most hosts are restored, not booted: options are for those that are.
+            given = {key: value for key, value in options.items() if value}
+            host = self._target.start(name=name, evidence=evidence, **given)
         except BaseException:
             self._failures.append(test)
             raise
         self._failures.clear()
         return PooledHost(host)
 
-    def lend(self, *, test: str, fresh: bool = False, without_options: Sequence[str] = ()) -> Lease:
+    def lend(self, *, test: str, fresh: bool = False, **options: Sequence[str]) -> Lease:
         """Lend a host to one test; the lease must be finished whatever happens.
 
         :param fresh: start a host for this test alone, and end it with the test.
-        :param without_options: kernel options that a fresh host is booted without.
+        :param options: kernel options of a fresh host, as for :meth:`start`.
         """
-        pooled = (
-            self.start(test=test, without_options=without_options) if fresh else self._take(test)
-        )
+        pooled = self.start(test=test, **options) if fresh else self._take(test)
         return Lease(pooled, test=test, fresh=fresh)
 
     def _take(self, test: str) -> PooledHost:
