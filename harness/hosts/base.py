@@ -59,6 +59,12 @@ class MachineFacts:
     """Version of the QEMU in the host, which runs the guests."""
     machine: str
     """The machine that all this runs on: CPU model and cores."""
+    hypervisor: str = ""
+    """What the hosts run on and cannot look below, for people: ``KVM``. Empty on hardware.
+
+    A hypervisor may itself run in an emulator, so with one nothing was seen on hardware
+    for sure.
+    """
 
     def as_dict(self) -> dict[str, Any]:
         """The facts as plain values, for the report."""
@@ -69,6 +75,8 @@ class Target(Protocol):
     """Provides hosts. Kept small: everything else is the same for all of them."""
 
     name: str
+    boots: bool
+    """Whether it can boot a host with other kernel options than usual."""
 
     def prepare(self, kernel: KernelBuild, images: Images) -> None:
         """Make ready what all hosts share, such as a saved machine; may take a minute.

@@ -15,7 +15,7 @@ import pytest
 from harness.build.images import Images
 from harness.build.kernel import KernelBuild
 from harness.errors import InfraError, LostHostError, UsageError
-from harness.hosts import process, target_for, tcg
+from harness.hosts import process, target_for, tcg, template
 from harness.hosts.emulator import Place
 from harness.hosts.monitor import Monitor
 from harness.hosts.tsc import tsc_khz
@@ -126,7 +126,7 @@ class _Machine:
         with theirs:
             self.child = process.start(
                 [
-                    tcg.EMULATOR, "-nodefaults", "-display", "none", "-machine", "none",
+                    template.EMULATOR, "-nodefaults", "-display", "none", "-machine", "none",
                     "-chardev", f"socket,id=control,fd={theirs.fileno()}",
                     "-mon", "chardev=control,mode=control", *extra,
                 ],
