@@ -53,6 +53,7 @@ KVM_SET_SREGS = 0x4138AE84
 KVM_SET_CPUID2 = 0x4008AE90
 KVM_GET_REGS = 0x8090AE81
 
+HUGE_PAGE = 2 << 20
 SREGS_SIZE = 312
 REGS_SIZE = 144
 CPUID_ENTRIES = 128
@@ -195,12 +196,21 @@ class Vcpu:
 
 
 class Slot:
-    """One memory slot and our mapping of it."""
+    """One memory slot and our mapping of it.
 
-    def __init__(self, gpa: int, size: int, flags: int) -> None:
+    A huge one lies at an address that huge pages can back, and asks for them.
+    """
+
+    def __init__(self, gpa: int, size: int, flags: int, huge: bool) -> None:
         self.gpa, self.size, self.flags = gpa, size, flags
-        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(self.memory)
+        room = size + HUGE_PAGE if huge else size
+        self.memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        base = address_of(self.memory)
+        start = -base % HUGE_PAGE if huge else 0
+        self.address = base + start
+        self.view = memoryview(self.memory)[start : start + size]
+        if huge:
+            self.memory.madvise(mmap.MADV_HUGEPAGE, start, size)
 
 
 class Vm:
@@ -221,7 +231,7 @@ class Vm:
         if request.get("irqchip"):
             must("KVM_CREATE_IRQCHIP", self.fd, KVM_CREATE_IRQCHIP)
         for slot in request["slots"]:
-            self.set_slot(slot["slot"], slot["gpa"], slot["size"], slot.get("flags", 0))
+            self.set_slot(slot)
         for gpa, text in request["memory"]:
             self.write(gpa, base64.b64decode(text))
         run_size = must("KVM_GET_VCPU_MMAP_SIZE", kvm, KVM_GET_VCPU_MMAP_SIZE)
@@ -234,14 +244,16 @@ class Vm:
             must("KVM_SET_CPUID2", fd, KVM_SET_CPUID2, ctypes.addressof(cpuid))
             set_state(fd, state)
 
-    def set_slot(self, slot: int, gpa: int, size: int, flags: int) -> None:
+    def set_slot(self, request: Request) -> None:
         """Create, change the flags of, move or (size 0) delete a memory slot."""
+        slot, gpa, size = request["slot"], request["gpa"], request["size"]
+        flags = request.get("flags", 0)
         known = self.slots.get(slot)
         if size and (known is None or known.size != size):
-            known = self.slots[slot] = Slot(gpa, size, flags)
+            known = self.slots[slot] = Slot(gpa, size, flags, request.get("huge", False))
         if known is None:
             raise ValueError(f"no memory slot {slot} to delete")
-        region = struct.pack("<IIQQQ", slot, flags, gpa, size, address_of(known.memory))
+        region = struct.pack("<IIQQQ", slot, flags, gpa, size, known.address)
         buffer = ctypes.create_string_buffer(region, len(region))
         request = KVM_SET_USER_MEMORY_REGION
         must("KVM_SET_USER_MEMORY_REGION", self.fd, request, ctypes.addressof(buffer))
@@ -368,9 +380,7 @@ class Agent:
 
     def op_set_slot(self, request: Request) -> None:
         """Change a memory slot."""
-        self.vms[request["vm"]].set_slot(
-            request["slot"], request["gpa"], request["size"], request.get("flags", 0)
-        )
+        self.vms[request["vm"]].set_slot(request)
 
     def op_set_state(self, request: Request) -> None:
         """Set registers of a vCPU that does not run."""
@@ -441,10 +451,11 @@ class Agent:
     def op_wait_u64(self, request: Request) -> Request:
         """Wait until a word of guest memory compares as asked; answer the last value.
 
-        With ``relative`` the wanted value counts from what the word is now.
+        With ``relative`` the wanted value counts from what the word is now; with
+        ``value_at`` it is another word of guest memory.
         """
         vm, holds = self.vms[request["vm"]], COMPARE[request["compare"]]
-        wanted = request["value"]
+        wanted = vm.u64(request["value_at"]) if "value_at" in request else request["value"]
         if request.get("relative"):
             wanted += vm.u64(request["gpa"])
         deadline = time.monotonic() + request["limit_s"]

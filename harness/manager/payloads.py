@@ -42,7 +42,9 @@ MAX_VCPUS = 4
 MAILBOX_WORDS = {
     "ticks": 0x00, "want": 0x08, "done": 0x10, "result": 0x18, "refused": 0x20, "traps": 0x28,
     "trap_ip": 0x30, "faults": 0x38, "fault_top": 0x40, "kind": 0x50, "arg_nr": 0x58,
-    "arg_1": 0x60, "arg_2": 0x68,
+    "arg_1": 0x60, "arg_2": 0x68, "flags": 0x70,
+    "vector": 0x78, "fault_sp": 0x80, "fault_cr2": 0x88, "stack": 0x90, "resume": 0xC0,
+    "resume_sp": 0xC8, "area": 0x100,
 }  # fmt: skip
 
 CR0_PE, CR0_PROTECTED, CR0_PAGING = 0x1, 0x30, 0x8001_0000  # ET+NE; PG+WP
@@ -206,12 +208,15 @@ class Machine:
 
     def _idt(self) -> bytes:
         symbols = self.payload.symbols
-        if "on_fault" not in symbols:
+        if not symbols.keys() & {"on_fault", "vectors"}:
             return bytes(16)
         table = b""
         for vector in range(256):
-            label = "on_breakpoint" if vector == 3 else "on_fault"
-            target = self.linear(label)
+            if "vectors" in symbols:
+                target = self.linear("vectors") + 16 * vector
+            else:
+                label = {1: "on_debug", 3: "on_breakpoint"}.get(vector, "on_fault")
+                target = self.linear(label if label in symbols else "on_fault")
             access = 0xEE if vector == 3 else 0x8E  # int3 from any ring
             table += struct.pack(
                 "<HHBBHII", target & 0xFFFF, 8, 0, access, target >> 16 & 0xFFFF, target >> 32, 0

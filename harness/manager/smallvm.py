@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConformanceError, DeadlineError, InfraError, SilenceError
-from harness.manager.payloads import MAILBOX_WORDS, Machine, mailbox
+from harness.manager.payloads import MAILBOX_STEP, MAILBOX_WORDS, Machine, mailbox
 
 if TYPE_CHECKING:
     from harness.manager.small import SmallManager
@@ -44,16 +44,20 @@ IOCTL_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A memory slot. ``flags`` as in struct kvm_userspace_memory_region."""
+    """A memory slot. ``flags`` as in struct kvm_userspace_memory_region.
+
+    With ``huge`` the device manager asks for huge pages behind it; the host may have none.
+    """
 
     slot: int
     gpa: int
     size: int
     flags: int = 0
+    huge: bool = False
 
     def record(self) -> dict[str, int]:
         """The slot in the agent's form."""
-        return {"slot": self.slot, "gpa": self.gpa, "size": self.size, "flags": self.flags}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,62 @@ class SmallVm:
         wanted: int = answers[1]
         return wanted
 
+    def order(self, routine: str, first: int = 0, second: int = 0, *, vcpu: int = 0) -> None:
+        """Have a running payload call one of its routines, by label; does not wait.
+
+        :param first: goes into rdi. :param second: goes into rsi.
+        """
+        self.manager.batch(self._ordering(routine, first, second, vcpu))
+
+    def finish(self, *, vcpu: int = 0, timeout_s: float = 5.0) -> dict[str, int]:
+        """Wait until the payload has done what was ordered; answer its mailbox.
+
+        :raises SilenceError: it has not in time.
+        """
+        return self._finished(self._finishing(vcpu, timeout_s), vcpu, timeout_s)
+
+    def perform(
+        self,
+        routine: str,
+        first: int = 0,
+        second: int = 0,
+        *,
+        vcpu: int = 0,
+        timeout_s: float = 5.0,
+    ) -> dict[str, int]:
+        """:meth:`order` and :meth:`finish` in one, where nothing holds the vCPU meanwhile."""
+        steps = self._ordering(routine, first, second, vcpu) + self._finishing(vcpu, timeout_s)
+        return self._finished(steps, vcpu, timeout_s)
+
+    def _ordering(self, routine: str, first: int, second: int, vcpu: int) -> list[dict[str, Any]]:
+        box, address = mailbox(vcpu), self.machine.linear(routine)
+        data = base64.b64encode(struct.pack("<QQQ", address, first, second)).decode()
+        return [
+            {"op": "write", "vm": self.name, "gpa": box + MAILBOX_WORDS["arg_nr"], "data": data},
+            {"op": "add_u64", "vm": self.name, "gpa": box + MAILBOX_WORDS["want"], "value": 1},
+        ]
+
+    def _finishing(self, vcpu: int, timeout_s: float) -> list[dict[str, Any]]:
+        box = mailbox(vcpu)
+        return [
+            {"op": "wait_u64", "vm": self.name, "gpa": box + MAILBOX_WORDS["done"],
+             "compare": "eq", "value_at": box + MAILBOX_WORDS["want"], "limit_s": timeout_s},
+            {"op": "read", "vm": self.name, "gpa": box, "size": MAILBOX_STEP},
+        ]  # fmt: skip
+
+    def _finished(self, steps: list[dict[str, Any]], vcpu: int, timeout_s: float) -> dict[str, int]:
+        *_, waited, data = self.manager.batch(steps, timeout_s=timeout_s)
+        words = _words(base64.b64decode(data))
+        if not waited["met"]:
+            raise SilenceError(
+                f"vCPU {vcpu} did {words['done']} of {words['want']} calls in {timeout_s:g} s"
+            )
+        return words
+
+    def words(self, *, vcpu: int = 0) -> dict[str, int]:
+        """Read all words of a vCPU's mailbox."""
+        return _words(self.read(mailbox(vcpu), MAILBOX_STEP))
+
     def wait_word(
         self, name: str, value: int, *, compare: str = "ge", vcpu: int = 0, timeout_s: float = 5.0
     ) -> int:
@@ -223,6 +283,21 @@ class SmallVm:
     def set_slot(self, slot: Slot) -> None:
         """Create, move, change or (size 0) delete a memory slot."""
         self._call("set_slot", **slot.record())
+
+    def huge_pages_back(self, slot: Slot) -> bool:
+        """Fill a slot with zeroes, and tell whether the host backs any memory with huge pages."""
+        self.manager.link.call("fill", vm=self.name, gpa=slot.gpa, size=slot.size, byte=0)
+        rollup = self.manager.read_file(f"/proc/{self.manager.pid}/smaps_rollup")
+        found = next((line for line in rollup.splitlines() if "AnonHugePages:" in line), "x 0 kB")
+        return int(found.split()[1]) > 0
+
+    def statistic(self, name: str) -> int:
+        """One of the numbers that KVM keeps on this VM, such as ``pages_2m``.
+
+        They are files of debugfs, in a directory named after process and descriptor.
+        """
+        path = f"/sys/kernel/debug/kvm/{self.manager.pid}-{self.fd}/{name}"
+        return int(self.manager.read_file(path))
 
     def dirty_pages(self, slot: int = 0) -> set[int]:
         """Fetch and clear a slot's dirty log: the numbers of its dirty pages."""
@@ -356,6 +431,10 @@ class SmallVm:
         """EVENT: allow or disallow an event by name or number (-1: all); returns as above."""
         number = which if isinstance(which, int) else self.manager.profile.event(which).id
         return self.ioctl("EVENT", allow=allow, id=number)
+
+
+def _words(data: bytes) -> dict[str, int]:
+    return {name: int.from_bytes(data[at : at + 8], "little") for name, at in MAILBOX_WORDS.items()}
 
 
 def errno_name(number: int) -> str:
