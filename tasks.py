@@ -325,11 +325,38 @@ def mutants(_context: Context, select: str | None = None) -> int:
     return run(_ready(), select=select)
 
 
+@_task()
+def selftests(
+    _context: Context,
+    *,
+    select: str | None = None,
+    target: str | None = None,
+    workers: str | None = None,
+    kernel_series: str | None = None,
+    flavour: str | None = None,
+    kernel: str | None = None,
+    reports: str | None = None,
+) -> int:
+    """Compare the kernel's own KVM selftests with the series and without it."""
+    from harness.selftests import run
+
+    settings = _ready(
+        target=target,
+        workers=workers,
+        kernel_series=kernel_series,
+        flavour=flavour,
+        kernel=kernel,
+        reports=reports,
+    )
+    return run(settings, select=select)
+
+
 namespace = Collection(
     doctor,
     conform,
     report,
     mutants,
+    selftests,
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
     tree=Collection(tree_edit, tree_refresh),
     host=Collection(host_up, host_ssh, host_down),

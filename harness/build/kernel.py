@@ -22,7 +22,14 @@ from harness.build.tree import SourceTree
 from harness.errors import UsageError
 from harness.settings import Settings
 
-__all__ = ["KernelBuild", "build_kernel", "half_written_removed", "resolve_options"]
+__all__ = [
+    "KernelBuild",
+    "build_environment",
+    "build_kernel",
+    "compiler",
+    "half_written_removed",
+    "resolve_options",
+]
 
 _TIMEOUT_S = 4 * 3600
 _CONFIGURE_TIMEOUT_S = 600
@@ -79,7 +86,7 @@ def build_kernel(settings: Settings) -> KernelBuild:
         "series": series.digest,
         "configuration": "\n".join(f"CONFIG_{one.option}={one.value}" for one in asked),
         "recipe": json.dumps(["tinyconfig", "olddefconfig", "bzImage", _VARIABLES]),
-        "compiler": _compiler(),
+        "compiler": compiler(),
     }
 
     def make(into: Path) -> None:
@@ -136,7 +143,8 @@ def _fragments(flavour: str, series: Series) -> list[Path]:
     return [paths.KERNEL_CONFIG / f"{name}.config" for name in names]
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Compiler and linker with their versions: part of what a build depends on."""
     versions = [output_of([tool, "--version"]).splitlines()[0] for tool in ("gcc", "ld")]
     return "; ".join(versions)
 
@@ -189,7 +197,7 @@ def _make(
                 cwd=tree.src,
                 log=log,
                 timeout_s=_TIMEOUT_S,
-                env=_environment(),
+                env=build_environment(),
                 what="kernel build",
                 on_line=count if on_line else None,
                 hold=[lock],
@@ -243,15 +251,15 @@ def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> 
             cwd=tree.src,
             log=settings.cache / "logs" / "kconfig.log",
             timeout_s=_CONFIGURE_TIMEOUT_S,
-            env=_environment(),
+            env=build_environment(),
             what="kernel configuration",
             hold=[lock],
         )
     return into.read_text()
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would quietly change a kernel build."""
+def build_environment() -> dict[str, str]:
+    """Our environment, without what would quietly change a kernel build."""
     unwanted = ("KBUILD_", "KCONFIG_", "KCFLAGS", "KAFLAGS", "MAKEFLAGS", "MAKELEVEL", "ARCH",
                 "CROSS_COMPILE", "LOCALVERSION", "CC", "LD", "CFLAGS", "LLVM")  # fmt: skip
     return {
