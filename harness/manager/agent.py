@@ -376,7 +376,12 @@ class Agent:
         if name in self.vms:
             raise ValueError(f"there is a VM {name!r} already")
         vm = self.vms[name] = Vm(self.kvm, request)
-        return {"fd": vm.fd, "vcpu_fds": [vcpu.fd for vcpu in vm.vcpus]}
+        return {
+            "fd": vm.fd,
+            "vcpu_fds": [vcpu.fd for vcpu in vm.vcpus],
+            # KVM names a VM's directory of statistics after the thread that made it.
+            "statistics": f"/sys/kernel/debug/kvm/{threading.get_native_id()}-{vm.fd}/",
+        }
 
     def op_set_slot(self, request: Request) -> None:
         """Change a memory slot."""

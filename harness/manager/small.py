@@ -166,7 +166,7 @@ class SmallManager:
             memory=encode(machine.memory()),
             vcpus=[machine.state(index) for index in range(vcpus)],
         )
-        return SmallVm(self, name, machine, fd=created["fd"])
+        return SmallVm(self, name, machine, fd=created["fd"], statistics=created["statistics"])
 
     def reset(self, *, timeout_s: float = RESET_TIMEOUT_S) -> None:
         """End and close everything that was made here, whatever state it is in.

@@ -77,11 +77,14 @@ class Exit:
 class SmallVm:
     """One virtual machine of the small device manager."""
 
-    def __init__(self, manager: SmallManager, name: str, machine: Machine, *, fd: int) -> None:
+    def __init__(
+        self, manager: SmallManager, name: str, machine: Machine, *, fd: int, statistics: str
+    ) -> None:
         self.manager = manager
         self.name = name
         self.machine = machine
         self.fd = fd
+        self._statistics = statistics
         self.socket = ""
         """Name of the descriptor handed to HOOK last."""
 
@@ -292,12 +295,8 @@ class SmallVm:
         return int(found.split()[1]) > 0
 
     def statistic(self, name: str) -> int:
-        """One of the numbers that KVM keeps on this VM, such as ``pages_2m``.
-
-        They are files of debugfs, in a directory named after process and descriptor.
-        """
-        path = f"/sys/kernel/debug/kvm/{self.manager.pid}-{self.fd}/{name}"
-        return int(self.manager.read_file(path))
+        """One of the numbers that KVM keeps on this VM and its vCPUs, such as ``pages_2m``."""
+        return int(self.manager.read_file(self._statistics + name))
 
     def dirty_pages(self, slot: int = 0) -> set[int]:
         """Fetch and clear a slot's dirty log: the numbers of its dirty pages."""
