@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check of a kernel's uapi headers against a profile, by the system's C compiler.
+"""A profile in C: as a header of its own, and as a check of a kernel's uapi headers.
 
-A C file full of ``_Static_assert`` is made from the profile (sizes and alignments of structs,
-offsets and sizes of their fields, ids, ioctl requests, capability) and compiled against the
-headers. Nothing is linked or run.
+For the check, a C file full of ``_Static_assert`` is made from the profile (sizes and alignments
+of structs, offsets and sizes of their fields, ids, ioctl requests, capability) and compiled
+against the headers by the system's compiler. Nothing is linked or run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from harness.abi.layout import Struct
 from harness.abi.profile import Profile
 from harness.errors import ConformanceError, InfraError, UsageError
 
-__all__ = ["HeaderCheck", "check_headers", "generate_c"]
+__all__ = ["HeaderCheck", "check_headers", "generate_c", "generate_header"]
 
 #: Includes of the uapi headers that ``make headers_install`` strips, as empty files for those
 #: who compile against a source tree.
 _KERNEL_ONLY = ("linux/compiler.h", "linux/compiler_types.h")
 _COMPILE_TIMEOUT_S = 60
+
+
+_C_SIGNS = {"u": "unsigned ", "s": "signed "}
+_C_WIDTHS = {"8": "char", "16": "short", "32": "int", "64": "long long"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,45 @@ class HeaderCheck:
     assertions: int
     structs: tuple[str, ...]
     command: tuple[str, ...]
+
+
+def generate_header(profile: Profile, *, kvm_structs: bool = False) -> str:
+    """A C header with all of the profile, for programs that run on any host.
+
+    Ids and ioctls have the names of the kernel's header; the values of the tables of names are
+    ``KVMI_ACTION_RETRY``, ``KVMI_ACCESS_W`` and so on.
+
+    :param kvm_structs: also define what the system's ``linux/kvm.h`` has (``struct kvm_regs``),
+        which is to be included before otherwise.
+    """
+    numbers = {c.c_name: c.id for c in profile.commands.values()}
+    numbers |= {e.c_name: e.id for e in profile.events.values()}
+    numbers |= {i.c_name: i.request for i in profile.ioctls.values()}
+    numbers |= {name: value for name, value in profile.constants.items() if "_HC_" in name}
+    numbers |= profile.errno | {
+        "KVM_CAP_INTROSPECTION": profile.capability,
+        "KVMI_VERSION": profile.version,
+        "KVMI_MAX_MSG_SIZE": profile.max_message_size,
+        "KVMI_VM_EVENT": profile.vm_event,
+        "KVMI_VCPU_EVENT": profile.vcpu_event,
+    }
+    for table, values in profile.names.items():
+        numbers |= {f"KVMI_{table.upper()}_{name}": value for name, value in values.items()}
+    lines = ["/* Made from the ABI profile " + profile.name + ". */", "#pragma once"]
+    lines += [f"#define {name} {value:#x}" for name, value in numbers.items()]
+    for layout in profile.structs.values():
+        if kvm_structs or layout.name.startswith(("kvmi_", "kvm_introspection_")):
+            lines += [f"struct {layout.name} {{", *_c_fields(layout), "};"]
+    return "\n".join(lines) + "\n"
+
+
+def _c_fields(layout: Struct) -> Iterator[str]:
+    for one in layout.fields:
+        kind = f"struct {one.type}"
+        if one.struct is None:
+            kind = _C_SIGNS[one.type[0]] + _C_WIDTHS[one.type[1:]]
+        count = "" if one.count is None else "[]" if one.flexible else f"[{one.count}]"
+        yield f"\t{kind} {one.name}{count};"
 
 
 def generate_c(

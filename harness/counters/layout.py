@@ -28,6 +28,7 @@ __all__ = [
     "TEXTS",
     "WORD",
     "Header",
+    "c_header",
     "pack_header",
     "unpack_header",
 ]
@@ -104,6 +105,23 @@ def pack_header(header: Header) -> bytes:
         header.created_ns, header.created_monotonic_ns, len(text),
     )  # fmt: skip
     return (fixed + text).ljust(HEADER_SIZE, b"\0")
+
+
+def c_header() -> str:
+    """The layout as a C header: sizes, and per field its index (in u64) or its offset."""
+    numbers = {
+        "MAGIC": int.from_bytes(MAGIC, "little"),
+        "VERSION": VERSION,
+        "HEADER_SIZE": HEADER_SIZE,
+        "SLOT_SIZE": SLOT_SIZE,
+        "EVENT_IDS": EVENT_IDS,
+        "LATENCY_BUCKETS": LATENCY_BUCKETS,
+    }
+    numbers |= {f"WORD_{name.upper()}": index for name, index in WORD.items()}
+    for name, (offset, size) in text_offsets().items():
+        numbers |= {f"OFFSET_{name.upper()}": offset, f"SIZE_{name.upper()}": size}
+    lines = [f"#define COUNTERS_{name} {value:#x}" for name, value in numbers.items()]
+    return "\n".join(["/* Made from harness/counters/layout.py. */", "#pragma once", *lines]) + "\n"
 
 
 def unpack_header(data: bytes, where: str) -> Header:

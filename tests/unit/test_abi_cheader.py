@@ -9,41 +9,19 @@ from pathlib import Path
 import pytest
 
 from harness.abi import load_profile
-from harness.abi.cheader import check_headers, generate_c
+from harness.abi.cheader import check_headers, generate_c, generate_header
 from harness.errors import ConformanceError, UsageError
 
 PROFILE = load_profile("v12")
-C_TYPES = {"u": "unsigned ", "s": "signed "}
-C_WIDTHS = {"8": "char", "16": "short", "32": "int", "64": "long long"}
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 
 
 def header(tmp_path: Path) -> Path:
     """A directory with headers that have all that the profile says, as a kernel would."""
-    lines = [f"#define {c.c_name} {c.id}" for c in PROFILE.commands.values()]
-    lines += [f"#define {e.c_name} {e.id}" for e in PROFILE.events.values()]
-    lines += ["#define KVMI_VERSION 1", "enum { KVMI_VM_EVENT, KVMI_VCPU_EVENT };"]
-    for layout in PROFILE.structs.values():
-        lines.append(f"struct {layout.name} {{")
-        for one in layout.fields:
-            kind = f"struct {one.type}"
-            if one.struct is None:
-                kind = C_TYPES[one.type[0]] + C_WIDTHS[one.type[1:]]
-            count = "" if one.count is None else "[]" if one.flexible else f"[{one.count}]"
-            lines.append(f"\t{kind} {one.name}{count};")
-        lines.append("};")
     (tmp_path / "linux").mkdir()
-    (tmp_path / "linux/kvmi.h").write_text("\n".join(lines) + "\n")
-    (tmp_path / "linux/kvm.h").write_text(
-        "#include <linux/ioctl.h>\n#define KVM_CAP_INTROSPECTION 999\n#define KVMIO 0xAE\n"
-        "struct kvm_introspection_hook;\nstruct kvm_introspection_feature;\n"
-        "#define KVM_INTROSPECTION_HOOK _IOW(KVMIO, 0xc8, struct kvm_introspection_hook)\n"
-        "#define KVM_INTROSPECTION_UNHOOK _IO(KVMIO, 0xc9)\n"
-        "#define KVM_INTROSPECTION_COMMAND _IOW(KVMIO, 0xca, struct kvm_introspection_feature)\n"
-        "#define KVM_INTROSPECTION_EVENT _IOW(KVMIO, 0xcb, struct kvm_introspection_feature)\n"
-        "#define KVM_INTROSPECTION_PREUNHOOK _IO(KVMIO, 0xcc)\n"
-    )
+    (tmp_path / "linux/kvmi.h").write_text(generate_header(PROFILE, kvm_structs=True))
+    (tmp_path / "linux/kvm.h").touch()
     return tmp_path
 
 
@@ -59,7 +37,7 @@ def test_good_headers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("#define KVMI_VM_GET_INFO 8", "#define KVMI_VM_GET_INFO 80", "id of KVMI_VM_GET_INFO"),
+        ("#define KVMI_VM_GET_INFO 0x8", "#define KVMI_VM_GET_INFO 0x80", "id of KVMI_VM_GET_INFO"),
         (
             "unsigned long long gpa",
             "unsigned int gpa",
