@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harness.errors import UsageError
@@ -34,11 +35,17 @@ def target_for(settings: Settings) -> Target:
 
     :raises UsageError: there is none of that name.
     """
+    from harness.hosts.choice import choose
+    from harness.hosts.kvm import KvmTarget
     from harness.hosts.tcg import TcgTarget
 
-    targets = {TcgTarget.name: TcgTarget}
-    if settings.target not in targets:
+    targets: dict[str, Callable[[Settings], Target]] = {
+        "kvm": KvmTarget,
+        "tcg": TcgTarget,
+    }
+    name = choose(settings).target
+    if name not in targets:
         raise UsageError(
-            f"there is no target {settings.target!r}", hint=f"known are: {', '.join(targets)}"
+            f"there is no target {name!r}", hint=f"known are: auto, {', '.join(targets)}"
         )
-    return targets[settings.target](settings)
+    return targets[name](settings)

@@ -10,20 +10,23 @@ and the middle one is never reported as the last.
 from __future__ import annotations
 
 import enum
+import errno
 import functools
+import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from harness.errors import InfraError
 from harness.hosts import probe
 
-__all__ = ["Nature", "Seen", "look_at", "look_here", "probe_command"]
+__all__ = ["Kvm", "Nature", "Obstacle", "Seen", "look_at", "look_here", "probe_command"]
 
 # What hypervisors answer to CPUID 0x40000000; as in arch/x86/kernel/cpu/hypervisor.c and
 # in systemd's src/basic/virt.c. QEMU's own is that of its emulator.
@@ -64,6 +67,13 @@ class Nature(enum.StrEnum):
     VIRTUAL = "virtual"
     """There is a hypervisor; whether it runs on hardware cannot be seen from inside."""
     EMULATED = "emulated"
+
+
+class Obstacle(NamedTuple):
+    """Why something cannot be done, and what to do about it."""
+
+    reason: str
+    fix: str
 
 
 class Kvm(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,6 +171,50 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
             case Nature.EMULATED:
                 return f"emulated by {self.hypervisor}"
         return f"a virtual machine on {self.hypervisor}"
+
+    def obstacle(self) -> Obstacle | None:
+        """What keeps its KVM from running hosts that run guests themselves; None if nothing."""
+        return self._no_machines() or self._no_nesting()
+
+    def _no_machines(self) -> Obstacle | None:
+        if not self.vendor:
+            others = sorted(name for name in self.modules if re.fullmatch(r"kvm_[a-z]+", name))
+            by = f" ({', '.join(others)})" if others else ""
+            there = f", though there is a /dev/kvm{by} for other guests" if self.kvm.device else ""
+            return Obstacle(
+                f"the processor offers neither SVM nor VMX{there}",
+                "switch virtualisation on: in the firmware, or nested in the outer hypervisor",
+            )
+        if not self.kvm.device:
+            return Obstacle(
+                f"{self.extension}, but no /dev/kvm", f"load KVM: modprobe {self.module}"
+            )
+        if self.kvm.error == os.strerror(errno.EACCES):
+            return Obstacle(
+                "/dev/kvm is not for this user",
+                f"sudo usermod -aG kvm {os.environ.get('USER', 'USER')}, then log in again",
+            )
+        if self.kvm.error:
+            return Obstacle(
+                f"/dev/kvm makes no virtual machine: {self.kvm.error}",
+                "is another hypervisor in use, or the device kept from this container?",
+            )
+        return None
+
+    def _no_nesting(self) -> Obstacle | None:
+        if not self.kvm.nested:
+            value = self.modules.get(f"{self.module}.nested", "off")
+            return Obstacle(
+                f"nested virtualisation is off ({self.module}.nested={value})",
+                f"modprobe -r {self.module} && modprobe {self.module} nested=1",
+            )
+        if not self.paging:
+            name = {"AMD": "npt", "Intel": "ept"}[self.vendor]
+            return Obstacle(
+                f"KVM does not use nested paging ({self.module}.{name} is off)",
+                f"load {self.module} with {name}=1, on a processor that has it",
+            )
+        return None
 
 
 class _Answer(Protocol):

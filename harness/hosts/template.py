@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from harness.build import cache, progress
 from harness.build.run import output_of
-from harness.errors import DeadlineError, HarnessError, InfraError, UsageError
+from harness.errors import DeadlineError, HarnessError, HostCrashedError, InfraError, UsageError
 from harness.hosts.base import MachineFacts
 from harness.hosts.console import Console, complaints_in
 from harness.hosts.emulator import Emulator, Place, option_value
@@ -81,6 +81,17 @@ class _Template:
     def console(self) -> Path:
         return self.directory / "console.log"
 
+    @property
+    def usable(self) -> bool:
+        """Whether hosts can be restored from it; it has the facts in any case."""
+        return self.state.exists()
+
+    def give_up(self, error: HarnessError) -> None:
+        """Keep the facts alone: hosts are booted from now on."""
+        progress.note(f"hosts cannot be saved here, so each is booted: {error.message}")
+        for path in (self.state, self.memory):
+            path.unlink(missing_ok=True)
+
     def facts(self) -> MachineFacts:
         return MachineFacts(**json.loads((self.directory / "facts.json").read_text()))
 
@@ -93,6 +104,8 @@ class TemplateTarget:
 
     name = ""
     boots = True
+    must_save = True
+    """Whether a machine that cannot be saved and restored is an error; else each is booted."""
 
     kernel_options: tuple[str, ...] = KERNEL_OPTIONS
     """The kernel command line, apart from what is known only when a host boots."""
@@ -179,6 +192,10 @@ class TemplateTarget:
                     f"the clock of a booted host was off in each of {_BOOT_TRIES} tries",
                     hint="the machine is too busy; free it from other work for a minute",
                 )
+        if not self.must_save:
+            self._try_restoring(template)
+        if not template.usable:
+            return
         # The memory was written by the emulator through a mapping; the cache's promise that
         # a named entry is complete must hold after a power failure, too.
         for path in (template.memory, template.state):
@@ -202,8 +219,25 @@ class TemplateTarget:
             host.check()
             for complaint in complaints_in(host.console.since()):
                 progress.note(f"the host's kernel complained while it booted: {complaint.line}")
-            emulator.save(template.state)
+            try:
+                emulator.save(template.state)
+            except InfraError as error:
+                if self.must_save:
+                    raise
+                template.give_up(error)
         return True
+
+    def _try_restoring(self, template: _Template) -> None:
+        """Find out whether hosts can be had from the template; give it up if not."""
+        if not template.usable:
+            return
+        self._template = template
+        try:
+            self.start(name="trial", evidence=template.directory / "trial").close()
+        except (InfraError, HostCrashedError) as error:
+            template.give_up(error)
+        finally:
+            self._template = None
 
     def _options(self, without: Sequence[str] = (), more: Sequence[str] = ()) -> list[str]:
         """The kernel command line of a host that boots now."""
@@ -233,8 +267,8 @@ class TemplateTarget:
 
         With other kernel options than usual it is booted from nothing, in some seconds.
         """
-        cold = bool(without_options or with_options)
         template = self._prepared()
+        cold = bool(without_options or with_options) or not template.usable
         evidence.mkdir(parents=True, exist_ok=True)
         place = Place(
             name=name,
