@@ -59,6 +59,7 @@ set_msr:
 	movl	%esi, %eax
 	movq	%rsi, %rdx
 	shrq	$32, %rdx
+wrmsr_site:
 	wrmsr
 get_msr:
 	movl	%edi, %ecx
@@ -69,6 +70,7 @@ set_xcr:
 	movl	%esi, %eax
 	movq	%rsi, %rdx
 	shrq	$32, %rdx
+xsetbv_site:
 	xsetbv
 	xgetbv
 both_halves:
