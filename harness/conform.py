@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from harness import __version__, paths
 from harness.build.progress import note
 from harness.errors import HarnessError, InfraError, UsageError
+from harness.hosts.choice import settled
 from harness.plugin.beat import open_counters
 from harness.plugin.controller import PARENT_VARIABLE
 from harness.plugin.inputs import machine_record, save_builds, save_machine, save_settings
@@ -92,8 +93,13 @@ def conform(
     """
     arguments = selection(select, suites)
     run_dir = new_run_dir(settings.reports)
+    rerun = _rerun(settings)
+    settings, choice = settled(settings)
+    note(f"Target {choice.target}: {choice.reason}")
     workers = settings.workers
-    _prepare(settings, run_dir, select=select or "", repeat=repeat)
+    _prepare(
+        settings, run_dir, select=select or "", repeat=repeat, chosen=choice.reason, rerun=rerun
+    )
     note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
     if repeat > 1:
         arguments += [f"--kvmi-repeat={repeat}", "-x"]
@@ -166,7 +172,9 @@ def _check_clause(pattern: str) -> None:
         )
 
 
-def _prepare(settings: Settings, run_dir: Path, *, select: str, repeat: int) -> None:
+def _prepare(
+    settings: Settings, run_dir: Path, *, select: str, repeat: int, chosen: str, rerun: str
+) -> None:
     """Build, make the target ready, and leave in the run's directory what workers need."""
     from harness.build.images import build_images
     from harness.build.kernel import build_kernel
@@ -184,17 +192,23 @@ def _prepare(settings: Settings, run_dir: Path, *, select: str, repeat: int) -> 
         run=run_dir.name,
         started=utc_now(),
         target=settings.target,
-        series=f"{kernel.series} {qemu.series}",
+        chosen=chosen,
+        series=f"{machine.kernel_series} {qemu.series}",
         abi=settings.abi,
         workers=settings.workers,
         select=select,
         repeat=repeat,
-        rerun=_rerun(settings),
+        rerun=rerun,
         harness=__version__,
         python=platform.python_version(),
         system=_system(),
         controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
-        kernel={"release": kernel.release, "series": kernel.series, "key": kernel.key},
+        kernel={
+            # Of the hosts; one that we did not boot may have another.
+            "release": machine.kernel_release,
+            "series": machine.kernel_series,
+            "key": kernel.key,
+        },
         qemu={"version": qemu.version, "series": qemu.series, "key": qemu.key},
         machine=machine_record(machine),
         prepare_s=round(time.monotonic() - start, 1),

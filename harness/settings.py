@@ -9,7 +9,6 @@ the command. A name that nobody knows or a value of the wrong kind is a
 
 from __future__ import annotations
 
-import os
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import msgspec
 
 from harness import paths
 from harness.errors import UsageError
+from harness.resources import fitting_workers, free_cores
 
 __all__ = ["FILE_NAME", "Settings", "load_settings"]
 
@@ -32,19 +32,16 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 _Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
-def _free_cores() -> int:
-    """The cores that this process may use (a container may have fewer than the machine)."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a run is told. Paths are absolute after :func:`load_settings`."""
 
-    target: _Name = "tcg"
-    """What provides the hosts."""
-    workers: _Count = 2
-    """Test processes; each has its own host."""
+    target: _Name = "auto"
+    """What provides the hosts; ``auto`` is the best that this machine can do."""
+    ssh_host: str = ""
+    """The machine of target ``ssh``: ``root@name:22``, or a name in ``~/.ssh/config``."""
+    workers: _Count = field(default_factory=lambda: fitting_workers(1024))
+    """Test processes, each with its own host; by default what fits into the machine."""
     abi: _Name = "v12"
     """The profile of the interface that the kernel under test is held to."""
     kernel_series: Path = paths.KERNEL_CONFIG / "linux"
@@ -55,7 +52,7 @@ class Settings:
     """Kernel configuration: ``base``, or a further fragment of this name on top of it."""
     kernel: Path | None = None
     """A bzImage that was built elsewhere, to be tested instead of series and flavour."""
-    jobs: _Count = field(default_factory=_free_cores)
+    jobs: _Count = field(default_factory=free_cores)
     """Compilers that run at once."""
     reports: Path = Path("reports")
     """Where each run leaves its report, in a directory of its own."""
@@ -88,6 +85,8 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= _checked(given, where=_OPTIONS, base=Path.cwd())
     values.setdefault("reports", Path.cwd() / Settings.reports)
+    memory_mb = values.get("host_memory_mb", Settings.host_memory_mb)
+    values.setdefault("workers", fitting_workers(memory_mb))
     return Settings(**values)
 
 

@@ -82,11 +82,14 @@ class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     ``extra`` has what a target says beyond this.
 
     ``emulated`` is the fact that matters most to a reader: true when the CPU that runs the
-    nested guests is a program (QEMU's TCG, Bochs), false only on real silicon.
+    nested guests is a program (QEMU's TCG, Bochs). ``hypervisor`` names what a machine runs
+    on that cannot be looked below: it may run in an emulator. Only without both of them was
+    something seen on hardware.
     """
 
     target: str = ""
     emulated: bool = True
+    hypervisor: str = ""
     vendor: str = ""
     cpu_model: str = ""
     virtualisation: str = ""
@@ -99,12 +102,25 @@ class MachineRecord(msgspec.Struct, kw_only=True, frozen=True):
     machine: str = ""
     extra: dict[str, str] = {}
 
+    @property
+    def caution(self) -> str:
+        """Why nothing was seen on hardware, for people; empty where it was."""
+        if self.emulated:
+            return "The CPU is emulated: nothing here was seen on hardware."
+        if self.hypervisor:
+            return (
+                f"The CPU is that of a virtual machine on {self.hypervisor}. What is below it "
+                "cannot be seen from inside, so nothing here counts as seen on hardware."
+            )
+        return ""
+
 
 class RunFacts(
     msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True, tag_field="kind", tag="run"
 ):
     """The first line of a run: where and on what it ran. Times are UTC, ISO 8601.
 
+    ``chosen`` says why it is this target.
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
     a run was partial on purpose. ``rerun`` is the command that started it, to which
     ``--select`` can be added. ``prepare_s`` is how long building and booting took before.
@@ -113,6 +129,7 @@ class RunFacts(
     run: str
     started: str
     target: str = ""
+    chosen: str = ""
     series: str = ""
     abi: str = ""
     workers: int = 0

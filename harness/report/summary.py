@@ -93,8 +93,8 @@ def _closing(view: RunView) -> list[RenderableType]:
     if machine is not None:
         what.append(machine.virtualisation)
     lines: list[RenderableType] = []
-    if machine is not None and machine.emulated:
-        lines.append(Text("The CPU is emulated: nothing here was seen on hardware.", "yellow"))
+    if machine is not None and machine.caution:
+        lines.append(Text(machine.caution, "yellow"))
     lines += [Text(" · ".join(part for part in what if part), "dim")]
     lines += [Text(f"note: {note}", "yellow") for note in view.run.notes]
     if view.run.end is not None and view.run.end.reason:

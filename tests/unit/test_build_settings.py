@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import paths
+from harness import paths, resources
 from harness.errors import UsageError
 from harness.settings import load_settings
 
@@ -19,9 +19,35 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_need_no_file(tmp_path: Path) -> None:
     settings = load_settings()
-    assert settings.target == "tcg"
+    assert settings.target == "auto"
     assert settings.reports == tmp_path / "reports"
     assert settings.kernel_series == paths.ROOT / "kernel-config" / "linux"
+
+
+def test_workers_fit_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are given; the memory of the hosts counts."""
+    monkeypatch.setattr(resources, "free_cores", lambda: 16)
+    monkeypatch.setattr(resources, "free_memory_mb", lambda: 14000)
+    assert load_settings().workers == 10
+    assert load_settings(host_memory_mb=4000).workers == 2
+    assert load_settings(host_memory_mb=16000).workers == 1
+    assert load_settings(workers=7).workers == 7
+    monkeypatch.setattr(resources, "free_cores", lambda: 2)
+    monkeypatch.setattr(resources, "free_memory_mb", lambda: 24 << 10)
+    assert load_settings().workers == 2
+
+
+def test_a_container_has_its_own_limits(tmp_path: Path) -> None:
+    """Those of the group and of all around it count."""
+    cores, memory_mb = resources.free_cores(tmp_path), resources.free_memory_mb(tmp_path)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.free_cores(tmp_path) == cores
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{512 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{500 << 20}\n")
+    assert resources.free_cores(tmp_path) == 1
+    assert resources.free_memory_mb(tmp_path) == 12 < memory_mb
 
 
 def test_an_option_wins_over_the_file_and_none_does_not(tmp_path: Path) -> None:

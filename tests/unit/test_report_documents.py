@@ -175,6 +175,21 @@ def test_real_hardware_is_not_called_emulated(run_dir: Path) -> None:
     assert "Emulated CPU." not in text
 
 
+def test_a_virtual_machine_is_not_called_hardware(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither page nor terminal do; what is below a hypervisor cannot be seen."""
+    path = run_dir / "verdicts.jsonl"
+    text = path.read_text().replace('"emulated":true', '"emulated":false')
+    path.write_text(text.replace('"hypervisor":""', '"hypervisor":"KVM"'))
+    render(run_dir, ["html", "summary"])
+    text = (run_dir / "report.html").read_text()
+    assert "Real CPU." not in text
+    assert "real hardware" not in text
+    assert "Virtual machine." in text
+    assert "nothing here counts as seen on hardware" in capsys.readouterr().out
+
+
 def test_junit(run_dir: Path) -> None:
     """junitparser reads the same verdicts; groups are class names, facts are properties."""
     render(run_dir, ["junit"])
