@@ -72,6 +72,12 @@ _OPTIONS = {
     "directory": "of the tree (default: in the cache)",
     "series": "directory of the patches (default: that of the settings)",
     "command": "run this there instead of a shell",
+    "rounds": "in each of which everything is measured once",
+    "samples": "of each kind in each round",
+    "vcpus": "how many raise events at the same time",
+    "apart": "give the answering program a CPU of its own",
+    "seed": "of the order in each round",
+    "only": "these kinds, separated by blanks",
     "days": "keep what was used in so many days",
 }
 
@@ -351,6 +357,43 @@ def selftests(
     return run(settings, select=select)
 
 
+@_task("events")
+def bench_events(
+    _context: Context,
+    *,
+    target: str | None = None,
+    kernel: str | None = None,
+    kernel_series: str | None = None,
+    flavour: str | None = None,
+    reports: str | None = None,
+    rounds: int = 12,
+    samples: int = 200,
+    vcpus: int = 1,
+    apart: bool = False,
+    seed: int = 0,
+    only: str = "",
+) -> int:
+    """Measure how long one event holds a vCPU, next to a plain exit to user space."""
+    from harness.bench import Options, bench_events
+
+    options = Options(
+        rounds=rounds,
+        samples=samples,
+        vcpus=vcpus,
+        apart=apart,
+        seed=seed,
+        only=tuple(only.split()),
+    )
+    settings = _ready(
+        target=target,
+        kernel=kernel,
+        kernel_series=kernel_series,
+        flavour=flavour,
+        reports=reports,
+    )
+    return bench_events(settings, options)
+
+
 namespace = Collection(
     doctor,
     conform,
@@ -358,6 +401,7 @@ namespace = Collection(
     mutants,
     selftests,
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
+    bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),
     host=Collection(host_up, host_ssh, host_down),
     guest=Collection(guest_up, guest_ssh),

@@ -849,6 +849,15 @@ static void print_steps(const uint64_t *pairs, unsigned int from)
 	printf("]");
 }
 
+/* How many events; those of single-stepping are more, as more is stepped through. */
+static void print_events(const struct vcpu *v)
+{
+	unsigned int each = !!kind->events[0] + !!kind->events[1];
+
+	printf("\"events\": %u, \"expected\": %u", v->events, wanted *
+	       (kind->policy == STEP ? SINGLESTEP_INSTRUCTIONS : each));
+}
+
 static void measure_own(unsigned int warm)
 {
 	pthread_t thread;
@@ -856,9 +865,10 @@ static void measure_own(unsigned int warm)
 	counters_test(own_tool.slot, kind->name);
 	start_thread(&thread, own_thread, (void *)kind);
 	pthread_join(thread, NULL);
-	printf("{\"kind\": \"own:%s\", \"events\": %u", kind->name, vcpus[0].events);
+	printf("{\"kind\": \"own:%s\", \"vcpus\": [{", kind->name);
+	print_events(&vcpus[0]);
 	print_samples(own_pairs, &vcpus[0], warm);
-	printf("}\n");
+	printf("}]}\n");
 }
 
 static void measure(unsigned int warm)
@@ -892,7 +902,8 @@ static void measure(unsigned int warm)
 	for (unsigned int i = 0; i < vcpu_count; i++) {
 		const uint64_t *pairs = (const uint64_t *)(memory + SAMPLES(i));
 
-		printf("%s{\"events\": %u", i ? ", " : "", vcpus[i].events);
+		printf("%s{", i ? ", " : "");
+		print_events(&vcpus[i]);
 		if (kind->policy == STEP)
 			print_steps(pairs, warm);
 		else

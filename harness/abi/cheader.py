@@ -52,7 +52,7 @@ def generate_header(profile: Profile, *, kvm_structs: bool = False) -> str:
     numbers |= {e.c_name: e.id for e in profile.events.values()}
     numbers |= {i.c_name: i.request for i in profile.ioctls.values()}
     numbers |= {name: value for name, value in profile.constants.items() if "_HC_" in name}
-    numbers |= profile.errno | {
+    numbers |= {**profile.errno} | {
         "KVM_CAP_INTROSPECTION": profile.capability,
         "KVMI_VERSION": profile.version,
         "KVMI_MAX_MSG_SIZE": profile.max_message_size,

@@ -147,6 +147,28 @@ class Counters:
         view.release()
         return decode_slot(index, data, self.header, torn=not consistent)
 
+    def copy(self, data: bytes) -> None:
+        """Show what the file of another machine has counted, whose content ``data`` is.
+
+        Processes and clocks of that machine mean nothing here, so a slot in use gets this
+        process and this moment. Nobody else may write to this file.
+        """
+        now_ns = time.monotonic_ns()
+        for index in range(self.header.slots):
+            place = self._place(index)
+            new = memoryview(bytearray(data[place])).cast("Q")
+            if new[WORD["pid"]]:
+                new[WORD["pid"]] = os.getpid()
+            if new[WORD["generation"]]:
+                new[_HEARTBEAT] = now_ns
+                new[WORD["started_ns"]] = now_ns
+            words = self._view[place].cast("Q")
+            sequence = words[_SEQUENCE] | 1
+            words[_SEQUENCE] = sequence
+            words[_SEQUENCE + 1 :] = new[_SEQUENCE + 1 :]
+            words[_SEQUENCE] = sequence + 1
+            words.release()
+
     @staticmethod
     def _place(index: int) -> slice:
         start = HEADER_SIZE + index * SLOT_SIZE

@@ -8,13 +8,27 @@ read on a phone, printed, searched and spoken.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.plugin.timeline import Step
 from harness.report.model import Outcome, Verdict
 
-__all__ = ["Bar", "Block", "Lane", "Share", "bars_of", "duration", "lanes_of", "shares_of", "ticks"]
+__all__ = [
+    "Bar",
+    "Block",
+    "Column",
+    "Lane",
+    "Share",
+    "bars_of",
+    "columns_of",
+    "decades",
+    "duration",
+    "lanes_of",
+    "shares_of",
+    "ticks",
+]
 
 SMALLEST_PERCENT = 0.4
 
@@ -169,3 +183,47 @@ def ticks(span_s: float) -> list[tuple[float, str]]:
         found.append((round(100 * at / span_s, 3), label))
         at += step
     return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a histogram on a logarithmic axis."""
+
+    start: float
+    width: float
+    height: float
+    low: float
+    number: int
+
+
+def columns_of(
+    histogram: Iterable[tuple[float, int]], *, low: float, high: float, factor: float
+) -> list[Column]:
+    """The columns of a histogram, in percent of an axis from ``low`` to ``high``.
+
+    :param histogram: where each column begins, and its number.
+    :param factor: a column ends at so many times its beginning.
+    """
+    span = math.log(high / low)
+    columns = list(histogram)
+    most = max((number for _, number in columns), default=1)
+    return [
+        Column(
+            start=round(100 * math.log(at / low) / span, 3),
+            width=round(100 * math.log(factor) / span, 3),
+            height=round(max(100 * number / most, 1), 2),
+            low=at,
+            number=number,
+        )
+        for at, number in columns
+    ]
+
+
+def decades(low: float, high: float) -> list[tuple[float, float]]:
+    """The powers of ten from ``low`` to ``high``, each with its place in percent of that."""
+    span = math.log(high / low)
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    return [
+        (10.0**power, round(100 * math.log(10**power / low) / span, 3))
+        for power in range(first, last + 1)
+    ]

@@ -55,6 +55,15 @@ def test_headers_that_differ(tmp_path: Path, old: str, new: str, message: str) -
     assert "error:" in caught.value.details
 
 
+@needs_compiler
+def test_header_of_our_programs(tmp_path: Path) -> None:
+    """What our programs in C are compiled with agrees with the profile beside the system's kvm.h,
+    whose structs it contains."""
+    (tmp_path / "kvmi-abi.h").write_text(generate_header(PROFILE))
+    check = check_headers(PROFILE, [tmp_path], headers=("linux/kvm.h", "kvmi-abi.h"))
+    assert set(check.structs) == set(PROFILE.structs)
+
+
 def test_a_part_of_the_interface() -> None:
     """A series that is not complete is asked only for what it has, and what that contains."""
     source = generate_c(PROFILE, commands=["VCPU_GET_REGISTERS"], events=["PAUSE"])
