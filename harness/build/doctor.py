@@ -8,7 +8,6 @@ which a command can be run.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shlex
@@ -17,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -27,7 +25,10 @@ from harness.abi.profile import load_profile
 from harness.build.archive import machine_codename
 from harness.build.packages import apt_line, missing_packages
 from harness.build.series import load_series
-from harness.errors import HarnessError
+from harness.errors import HarnessError, InfraError
+from harness.hosts.choice import choose
+from harness.hosts.seen import Seen, look_at, look_here
+from harness.resources import BUILD_MEMORY_MB, free_cores, free_memory_mb
 from harness.settings import Settings
 
 __all__ = ["Answer", "Finding", "State", "examine_host", "examine_machine", "exit_code", "show"]
@@ -36,9 +37,7 @@ _OLDEST_PYTHON = (3, 11)
 _RELEASES = ("bookworm", "trixie")
 # What a first run leaves in the cache and needs meanwhile, measured and rounded up.
 _DISK_MB = 6000
-_BUILD_MEMORY_MB = 2000
-# By the processor's flag: KVM's module, and its parameter for nested paging.
-_MODULES = {"vmx": ("kvm_intel", "ept"), "svm": ("kvm_amd", "npt")}
+_PARAMETER = "kvm.introspection"
 
 
 class State(Enum):
@@ -106,7 +105,7 @@ def examine_machine(settings: Settings) -> list[Finding]:
         _cores(),
         _memory(settings),
         _disk(settings),
-        _kvm(),
+        *_virtualisation(settings),
         *_series(settings),
         _cache(settings),
     ]
@@ -139,19 +138,19 @@ def _packages() -> list[Finding]:
 
 
 def _cores() -> Finding:
-    count = len(os.sched_getaffinity(0))
+    count = free_cores()
     if count < 2:
         return Finding("cores", State.NOTE, str(count), "use two or more: everything takes longer")
     return Finding("cores", State.OK, str(count))
 
 
 def _memory(settings: Settings) -> Finding:
-    found = re.search(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    free = int(found[1]) >> 10 if found else 0
+    free = free_memory_mb()
     # The template of the hosts' memory lies in the page cache, and each host beside it.
-    wanted = _BUILD_MEMORY_MB + (settings.workers + 1) * settings.host_memory_mb
-    least = _BUILD_MEMORY_MB + 2 * settings.host_memory_mb
-    text = f"{free} MB free; {settings.workers} workers want {wanted} MB"
+    wanted = BUILD_MEMORY_MB + (settings.workers + 1) * settings.host_memory_mb
+    least = BUILD_MEMORY_MB + 2 * settings.host_memory_mb
+    workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
+    text = f"{free} MB free; {workers} with {settings.host_memory_mb} MB each: {wanted} MB"
     if free < least:
         return Finding("memory", State.MISSING, text, f"have at least {least} MB free")
     if free < wanted:
@@ -173,28 +172,35 @@ def _disk(settings: Settings) -> Finding:
     return Finding("disk", State.OK, text)
 
 
-def _kvm() -> Finding:
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return Finding("virtualisation", State.OK, "no /dev/kvm: hosts are emulated, as by default")
-    if not os.access(device, os.R_OK | os.W_OK):
-        return Finding(
-            "virtualisation",
-            State.NOTE,
-            "/dev/kvm is there, but not for this user; hosts are emulated",
-            f"sudo usermod -aG kvm {os.environ.get('USER', 'USER')}, then log in again",
+def _virtualisation(settings: Settings) -> list[Finding]:
+    """What this machine is, what its KVM is good for, and which target follows from it."""
+    number = load_profile(settings.abi).capability
+    seen = look_here(number)
+    extension = seen.extension or "neither SVM nor VMX"
+    findings = [
+        Finding("processor", State.OK, f"{seen.cpu_model}: {extension}"),
+        Finding("this machine is", State.OK, seen.describe()),
+    ]
+    if obstacle := seen.obstacle():
+        # Hosts can be emulated; but a processor that is able and unused is worth a word.
+        state = State.NOTE if seen.vendor else State.OK
+        if settings.target == "kvm":
+            state = State.MISSING
+        fix = "" if state is State.OK else obstacle.fix
+        findings.append(Finding("virtualisation", state, obstacle.reason, fix))
+    else:
+        parameters = ", ".join(
+            f"{name}={value}" for name, value in seen.modules.items() if name.count(".")
         )
-    facts = []
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    for module, paging in (_MODULES[flag] for flag in _MODULES if flag in flags):
-        place = Path("/sys/module") / module / "parameters"
-        for name in (paging, "nested"):
-            if (place / name).is_file():
-                facts.append(f"{module}.{name}={(place / name).read_text().strip()}")
-    if not facts:
-        found = "/dev/kvm, but neither kvm_intel nor kvm_amd behind it: hosts are emulated"
-        return Finding("virtualisation", State.OK, found)
-    return Finding("virtualisation", State.OK, f"/dev/kvm, {', '.join(facts)}")
+        found = f"/dev/kvm makes virtual machines, nested, with {seen.paging}; {parameters}"
+        findings.append(Finding("virtualisation", State.OK, found))
+    answer = seen.kvm.answers.get(str(number), 0)
+    if answer:
+        found = f"the running kernel, {seen.release}, has it: capability {number} answers {answer}"
+        findings.append(Finding("KVMI", State.OK, found))
+    choice = choose(settings)
+    findings.append(Finding("target", State.OK, f"{choice.target}: {choice.reason}"))
+    return findings
 
 
 def _series(settings: Settings) -> list[Finding]:
@@ -227,80 +233,56 @@ def examine_host(run: Callable[[str], Answer], *, settings: Settings, qemu: str)
     """Look at a host: does what runs there have introspection, and is it on?
 
     :param run: runs a shell command there and returns how it ended, also when it failed.
-    :param qemu: the QEMU to look at there, a path or a name.
+    :param qemu: the QEMU to look at there, a path or a name; empty if none is needed.
     """
-    return [
-        _host_virtualisation(run),
-        _host_capability(run, load_profile(settings.abi).capability),
-        _host_parameter(run),
-        _host_qemu(run, qemu),
+    number = load_profile(settings.abi).capability
+    try:
+        seen = look_at(run, [number])
+    except InfraError as error:
+        return [Finding("host", State.MISSING, error.message, error.hint)]
+    findings = [
+        Finding("processor", State.OK, f"{seen.cpu_model}: {seen.extension or 'no SVM, no VMX'}"),
+        Finding("this host is", State.OK, seen.describe()),
+        _host_virtualisation(seen),
+        _host_capability(seen, number),
+        _host_parameter(seen),
     ]
+    return [*findings, _host_qemu(run, qemu)] if qemu else findings
 
 
 def _text(answer: Answer) -> str:
     return answer.stdout.decode(errors="replace").strip() if answer.returncode == 0 else ""
 
 
-def _host_virtualisation(run: Callable[[str], Answer]) -> Finding:
+def _host_virtualisation(seen: Seen) -> Finding:
     subject = "nested paging"
-    if run("test -c /dev/kvm").returncode != 0:
-        return Finding(
-            subject,
-            State.MISSING,
-            "no /dev/kvm",
-            "switch virtualisation on (firmware, or the outer hypervisor), and load kvm_intel "
-            "or kvm_amd",
-        )
-    # Built into a kernel, both modules show their parameters on any processor.
-    flag = _text(run("grep -o -m1 -w -E 'vmx|svm' /proc/cpuinfo")).partition("\n")[0]
-    if flag not in _MODULES:
-        return Finding(
-            subject,
-            State.MISSING,
-            "the CPU has neither VMX nor SVM",
-            "switch virtualisation on: in the firmware, or nested in the outer hypervisor",
-        )
-    module, paging = _MODULES[flag]
-    value = _text(run(f"cat /sys/module/{module}/parameters/{paging}"))
-    if value in ("Y", "1"):
-        return Finding(subject, State.OK, f"{module}.{paging}={value}")
-    return Finding(
-        subject,
-        State.MISSING,
-        f"{module}.{paging}={value}" if value else f"{module} is not loaded",
-        f"load {module} with {paging}=1, on a CPU that has it",
-    )
+    # Whether its guests can be hosts themselves does not matter.
+    if obstacle := seen.no_machines() or seen.no_paging():
+        return Finding(subject, State.MISSING, obstacle.reason, obstacle.fix)
+    return Finding(subject, State.OK, f"{seen.paging}, by {seen.module}")
 
 
-def _host_capability(run: Callable[[str], Answer], number: int) -> Finding:
+def _host_capability(seen: Seen, number: int) -> Finding:
     subject = "kernel with KVMI"
-    release = _text(run("uname -r"))
-    # 0xae03 is KVM_CHECK_EXTENSION.
-    code = f"import fcntl; print(fcntl.ioctl(open('/dev/kvm', 'rb'), 0xae03, {number}))"
-    answer = _text(run(f"python3 -c {shlex.quote(code)}"))
-    if answer.isdecimal() and int(answer) > 0:
-        return Finding(subject, State.OK, f"{release}, capability {number} answers {answer}")
-    parameter = run("test -e /sys/module/kvm/parameters/introspection")
-    if answer == "0" and parameter.returncode == 0:
-        return Finding(
-            subject,
-            State.OK,
-            f"{release} has it; capability {number} answers 0 while the parameter is off",
-        )
-    found = f"{release}: capability {number} answers {answer or 'nothing (no python3?)'}"
+    answer = seen.kvm.answers.get(str(number))
+    if answer:
+        found = f"{seen.release}, capability {number} answers {answer}"
+        return Finding(subject, State.OK, found)
+    if answer == 0 and _PARAMETER in seen.modules:
+        found = f"{seen.release} has it; capability {number} answers 0 while the parameter is off"
+        return Finding(subject, State.OK, found)
+    found = f"{seen.release}: capability {number} answers {'nothing' if answer is None else answer}"
     return Finding(subject, State.MISSING, found, "boot a kernel of the series: inv build.kernel")
 
 
-def _host_parameter(run: Callable[[str], Answer]) -> Finding:
-    subject = "kvm.introspection"
-    place = "/sys/module/kvm/parameters/introspection"
-    value = _text(run(f"cat {place}"))
+def _host_parameter(seen: Seen) -> Finding:
+    value = seen.modules.get(_PARAMETER, "")
     if value in ("Y", "1"):
-        return Finding(subject, State.OK, value)
+        return Finding(_PARAMETER, State.OK, value)
     if value:
-        fix = f"echo Y > {place}, or boot with kvm.introspection=1"
-        return Finding(subject, State.MISSING, value, fix)
-    return Finding(subject, State.MISSING, "no such parameter", "boot a kernel of the series")
+        fix = "echo Y > /sys/module/kvm/parameters/introspection, or boot with kvm.introspection=1"
+        return Finding(_PARAMETER, State.MISSING, value, fix)
+    return Finding(_PARAMETER, State.MISSING, "no such parameter", "boot a kernel of the series")
 
 
 def _host_qemu(run: Callable[[str], Answer], qemu: str) -> Finding:

@@ -174,9 +174,10 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     def obstacle(self) -> Obstacle | None:
         """What keeps its KVM from running hosts that run guests themselves; None if nothing."""
-        return self._no_machines() or self._no_nesting()
+        return self.no_machines() or self._no_nesting() or self.no_paging()
 
-    def _no_machines(self) -> Obstacle | None:
+    def no_machines(self) -> Obstacle | None:
+        """What keeps its KVM from running virtual machines with the processor's help."""
         if not self.vendor:
             others = sorted(name for name in self.modules if re.fullmatch(r"kvm_[a-z]+", name))
             by = f" ({', '.join(others)})" if others else ""
@@ -208,6 +209,10 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
                 f"nested virtualisation is off ({self.module}.nested={value})",
                 f"modprobe -r {self.module} && modprobe {self.module} nested=1",
             )
+        return None
+
+    def no_paging(self) -> Obstacle | None:
+        """Why its guests have no nested paging; None if they have."""
         if not self.paging:
             name = {"AMD": "npt", "Intel": "ept"}[self.vendor]
             return Obstacle(
@@ -248,8 +253,11 @@ def look_at(run: Callable[[str], _Answer], numbers: Sequence[int] = ()) -> Seen:
 
 
 @functools.cache
-def look_here() -> Seen:
-    """Look at this machine; once."""
+def look_here(*numbers: int) -> Seen:
+    """Look at this machine; once.
+
+    :param numbers: capabilities to ask its KVM for.
+    """
 
     def run(command: str) -> subprocess.CompletedProcess[bytes]:
         argv = shlex.split(command)
@@ -257,4 +265,4 @@ def look_here() -> Seen:
             [sys.executable, *argv[1:]], capture_output=True, check=False, timeout=60
         )
 
-    return look_at(run)
+    return look_at(run, numbers)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from harness.build import packages
+from harness.build import doctor, packages
 from harness.build.doctor import (
     Finding,
     State,
@@ -19,6 +20,7 @@ from harness.build.doctor import (
 )
 from harness.build.packages import PACKAGES, Package, apt_line, ensure_packages, missing_packages
 from harness.errors import UsageError
+from harness.hosts.seen import Kvm, Seen
 from harness.settings import load_settings
 
 
@@ -77,82 +79,107 @@ def test_only_what_is_missing_makes_the_exit_code() -> None:
     assert exit_code([*fine, Finding("c", State.MISSING, "")]) == 2
 
 
-class _Host:
-    """A host of text files: the commands of the examination run here, on a small /sys."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        (place / "bin").mkdir()
-        self.program("uname", "echo 6.12.1-test")
-
-    def program(self, name: str, body: str) -> None:
-        path = self.place / "bin" / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-
-    def file(self, path: str, text: str) -> None:
-        target = self.place / path.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-
-    def run(self, command: str) -> subprocess.CompletedProcess[bytes]:
-        command = command.replace("/sys/module", f"{self.place}/sys/module")
-        command = command.replace("/proc/cpuinfo", f"{self.place}/cpuinfo")
-        command = command.replace("test -c /dev/kvm", "true")
-        env = {"PATH": f"{self.place}/bin:/usr/bin:/bin"}
-        return subprocess.run(["/bin/sh", "-c", command], env=env, capture_output=True, check=False)
+SVM = Seen(
+    flags=frozenset({"svm", "npt"}),
+    cpu_model="AMD EPYC",
+    signature="KVMKVMKVM",
+    kvm=Kvm(device=True, answers={"999": 1}),
+    # As in a kernel that has both built in.
+    modules={"kvm_intel.ept": "N", "kvm_amd.npt": "Y", "kvm.introspection": "Y"},
+    release="6.12.1-test",
+)
+OURS = 'case $1 in --version) echo "QEMU 10.0.2";; *) printf "List:\\n  introspection\\n";; esac'
 
 
-@pytest.fixture
-def host(tmp_path: Path) -> _Host:
-    return _Host(tmp_path)
+def _examined(place: Path, seen: Seen, qemu: str = OURS) -> dict[str, Finding]:
+    """Examine a host whose programs are those of ``place``, and which looks like ``seen``."""
+    program = place / "qemu-system-x86_64"
+    program.write_text(f"#!/bin/sh\n{qemu}\n")
+    program.chmod(0o755)
 
+    def run(command: str) -> subprocess.CompletedProcess[bytes]:
+        if command.startswith("python3"):
+            said = msgspec.json.encode(seen, enc_hook=sorted)
+            return subprocess.CompletedProcess(command, 0, said, b"")
+        argv = ["/bin/sh", "-c", command]
+        env = {"PATH": f"{place}:/usr/bin:/bin"}
+        return subprocess.run(argv, env=env, capture_output=True, check=False)
 
-def _examined(host: _Host) -> dict[str, Finding]:
-    found = examine_host(host.run, settings=load_settings(), qemu="qemu-system-x86_64")
+    found = examine_host(run, settings=load_settings(), qemu="qemu-system-x86_64")
     return {one.subject: one for one in found}
 
 
-def test_a_host_that_has_everything(host: _Host) -> None:
-    host.file("/cpuinfo", "flags\t\t: fpu svm npt\n")
-    # As in a kernel that has both built in.
-    host.file("/sys/module/kvm_intel/parameters/ept", "N\n")
-    host.file("/sys/module/kvm_amd/parameters/npt", "Y\n")
-    host.file("/sys/module/kvm/parameters/introspection", "Y\n")
-    host.program("python3", "echo 1")
-    host.program(
-        "qemu-system-x86_64",
-        'case $1 in --version) echo "QEMU emulator version 10.0.2";;'
-        ' *) printf "List:\\n  introspection\\n  secret\\n";; esac',
+def test_a_host_that_has_everything(tmp_path: Path) -> None:
+    found = _examined(tmp_path, SVM)
+    assert {one.state for one in found.values()} == {State.OK}
+    assert found["nested paging"].found == "NPT, by kvm_amd"
+    assert found["this host is"].found == "a virtual machine on KVM"
+
+
+def test_a_host_with_stock_kernel_and_stock_qemu(tmp_path: Path) -> None:
+    stock = msgspec.structs.replace(
+        SVM,
+        flags=frozenset({"vmx"}),
+        modules={"kvm_intel.ept": "N"},
+        kvm=Kvm(device=True, answers={"999": 0}),
     )
-    assert [one.state for one in _examined(host).values()] == [State.OK] * 4
-
-
-def test_a_host_with_stock_kernel_and_stock_qemu(host: _Host) -> None:
-    host.file("/cpuinfo", "flags\t\t: fpu vmx\n")
-    host.file("/sys/module/kvm_intel/parameters/ept", "N\n")
-    host.program("python3", "echo 0")
-    host.program("qemu-system-x86_64", 'echo "QEMU emulator version 7.2"')
-    found = _examined(host)
-    assert [one.state for one in found.values()] == [State.MISSING] * 4
+    found = _examined(tmp_path, stock, 'echo "QEMU emulator version 7.2"')
+    missing = {name for name, one in found.items() if one.state is State.MISSING}
+    assert missing == {"nested paging", "kernel with KVMI", "kvm.introspection", "QEMU with KVMI"}
     assert "ept=1" in found["nested paging"].fix
     assert "6.12.1-test: capability 999 answers 0" in found["kernel with KVMI"].found
     assert "stock QEMU" in found["QEMU with KVMI"].found
 
 
-def test_the_parameter_that_is_off_is_not_a_missing_kernel(host: _Host) -> None:
-    host.file("/cpuinfo", "flags\t\t: fpu svm\n")
-    host.file("/sys/module/kvm_amd/parameters/npt", "1\n")
-    host.file("/sys/module/kvm/parameters/introspection", "N\n")
-    host.program("python3", "echo 0")
-    host.program("qemu-system-x86_64", "exit 127")
-    found = _examined(host)
+def test_the_parameter_that_is_off_is_not_a_missing_kernel(tmp_path: Path) -> None:
+    off = msgspec.structs.replace(
+        SVM,
+        modules=SVM.modules | {"kvm.introspection": "N"},
+        kvm=Kvm(device=True, answers={"999": 0}),
+    )
+    found = _examined(tmp_path, off, "exit 127")
     assert found["kernel with KVMI"].state is State.OK
     assert found["kvm.introspection"].state is State.MISSING
     assert "echo Y >" in found["kvm.introspection"].fix
     assert "does not run" in found["QEMU with KVMI"].found
 
 
-def test_a_host_without_virtualisation(host: _Host) -> None:
-    host.file("/cpuinfo", "flags\t\t: fpu\n")
-    assert "neither VMX nor SVM" in _examined(host)["nested paging"].found
+def test_a_host_without_virtualisation(tmp_path: Path) -> None:
+    bare = msgspec.structs.replace(SVM, flags=frozenset(), kvm=Kvm())
+    assert "neither SVM nor VMX" in _examined(tmp_path, bare)["nested paging"].found
+
+
+def test_a_host_that_cannot_be_looked_at() -> None:
+    def run(command: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 127, b"", b"python3: not found")
+
+    (found,) = examine_host(run, settings=load_settings(), qemu="")
+    assert found.state is State.MISSING
+    assert "python3" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "state", "word"),
+    [
+        ({}, "auto", State.OK, "nested, with NPT"),
+        ({"kvm": Kvm(device=True)}, "auto", State.NOTE, "nested virtualisation is off"),
+        ({"flags": frozenset()}, "auto", State.OK, "neither SVM nor VMX"),
+        ({"flags": frozenset()}, "kvm", State.MISSING, "neither SVM nor VMX"),
+    ],
+)
+def test_what_a_machine_can_do_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    target: str,
+    state: State,
+    word: str,
+) -> None:
+    nested = Kvm(device=True, nested=True, answers={"999": 1})
+    seen = msgspec.structs.replace(SVM, **({"kvm": nested} | changes))
+    monkeypatch.setattr(doctor, "look_here", lambda *_: seen)
+    found = {one.subject: one for one in examine_machine(load_settings(target=target))}
+    assert found["virtualisation"].state is state
+    assert word in found["virtualisation"].found
+    assert found["this machine is"].found == "a virtual machine on KVM"
+    if not changes:
+        assert "999 answers 1" in found["KVMI"].found
