@@ -7,7 +7,7 @@
 	.include "layout.inc"
 	.code64
 	.globl	_start, on_breakpoint, on_debug, on_fault
-	.globl	slide, slide_end, crossing, own_page
+	.globl	slide, slide_end, crossing, own_read, own_write
 _start:
 	movq	%cr4, %rax
 	orq	$0x600, %rax		# OSFXSR, OSXMMEXCPT: SSE works
@@ -197,8 +197,11 @@ slide:					# answers 30
 	.endr
 slide_end:
 	ret
-own_page:				# answers the 8 bytes at rdi, which may be on this page
+own_read:				# (rdi), which may be on this page
 	movq	(%rdi), %rax
+	ret
+own_write:				# rsi to (rdi), which may be on this page
+	movq	%rsi, (%rdi)
 	ret
 
 	.org	0x1ffc, 0x90

@@ -19,6 +19,7 @@ The process ends when standard input does, and with it all its virtual machines.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import json
 import mmap
@@ -210,7 +211,8 @@ class Slot:
         self.address = base + start
         self.view = memoryview(self.memory)[start : start + size]
         if huge:
-            self.memory.madvise(mmap.MADV_HUGEPAGE, start, size)
+            with contextlib.suppress(OSError):  # a kernel without them
+                self.memory.madvise(mmap.MADV_HUGEPAGE, start, size)
 
 
 class Vm:
@@ -505,12 +507,17 @@ class Agent:
         return {"ret": ret, "errno": err, "out": out}
 
     def _argument(self, arg: Request) -> tuple[Any, int]:
-        """``{"hex": h}`` in a buffer, ``{"value": n}`` raw, ``{"bad": kind, "hex": h}``."""
+        """``{"hex": h}`` in a buffer, ``{"value": n}`` raw, ``{"bad": kind, "hex": h}``.
+
+        ``"pointers": [[at, to], ...]``: at offset ``at`` stands the address of offset ``to``.
+        """
         data = bytes.fromhex(arg.get("hex", ""))
         if "bad" in arg:
             return None, self.bad.address(arg["bad"], data)
         if "hex" in arg:
             buffer = ctypes.create_string_buffer(data, len(data))
+            for at, to in arg.get("pointers", []):
+                struct.pack_into("<Q", buffer, at, ctypes.addressof(buffer) + to)
             return buffer, ctypes.addressof(buffer)
         return None, arg.get("value", 0)
 

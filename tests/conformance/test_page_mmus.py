@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page access on the other ways in which KVM can map a guest's memory.
+
+Each needs a host that is booted with other options, so one test does a choice of the
+others' work on it. What the usual host has (two-dimensional paging with the TDP MMU) is
+what all other files run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import test_page_access as access
+import test_page_faults as faults
+import test_page_memory as memory
+import test_page_races as races
+from lab import Lab
+from pages import NONE, R, X
+
+from harness.abi import Profile
+from harness.counters import SlotWriter
+from harness.hosts import Host
+from harness.manager.small import PARAMETER, SmallManager
+from harness.plugin import skip_clause
+from harness.settings import Settings
+
+TWO_DIMENSIONAL = {"AMD": "/sys/module/kvm_amd/parameters/npt",
+                   "Intel": "/sys/module/kvm_intel/parameters/ept"}  # fmt: skip
+
+Part = Callable[[Lab], None]
+CORE: list[Part] = [
+    *(partial(access.check_accesses, access=allowed) for allowed in range(8)),
+    *(partial(access.check_accesses, access=allowed, payload="access32") for allowed in (NONE, R)),
+    access.test_slot_is_moved,
+    access.test_slot_is_made_anew,
+    partial(access.test_lifted_at_the_end, how="unhook in an event", cleanup=1),
+    partial(faults.test_fetches_in_a_row, alias=True),
+    partial(faults.test_kinds_of_instructions, routine="sse_write"),
+    partial(faults.test_kinds_of_instructions, routine="exchange16"),
+    partial(faults.test_delivery_of_an_exception, what="stack"),
+    partial(faults.test_page_tables, allowed=X),
+    faults.test_two_pages,
+    faults.test_retry,
+    partial(races.test_no_access_without_event, routines=["hammer_sse", "hammer"], access=R | X),
+    races.test_in_force_with_the_reply,
+    partial(memory.test_dirty_log, routine="sse_write"),
+    memory.test_huge_page_is_split,
+]
+
+
+@pytest.fixture
+def other_lab(
+    fresh_host: Host, profile: Profile, settings: Settings, evidence: Path, counters: SlotWriter
+) -> Iterator[Lab]:
+    """A lab on a host of its own."""
+    manager = SmallManager(fresh_host, profile=profile, cache=settings.cache)
+    lab = Lab(manager, evidence=evidence, counters=counters)
+    yield lab
+    lab.close()
+    manager.close()
+
+
+def _run(lab: Lab) -> None:
+    """Do all parts, one after another; those that fail are told together."""
+    failures: list[Exception] = []
+    for part in CORE:
+        try:
+            part(lab)
+        except Exception as error:
+            function = part.func if isinstance(part, partial) else part
+            given = part.keywords if isinstance(part, partial) else {}
+            error.add_note(f"in {function.__module__}.{function.__name__}({given})")
+            failures.append(error)
+        lab.manager.reset()
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(CORE)} parts", failures)
+
+
+_CLAUSES = pytest.mark.clause(
+    "SETPAGE-OK", "SETPAGE-FORGET", "SETPAGE-SLOTMOVE", "UNHOOK-PAGES-LIFTED", "EV-PF-CONTINUE",
+    "EV-PF-RETRY", "EV-PF-MULTI", "EV-PF-ONLYTRACKED", "EV-PF-FETCH-RIP",
+)  # fmt: skip
+
+
+@_CLAUSES
+@pytest.mark.boot_with("kvm.tdp_mmu=0")
+def test_without_tdp_mmu(other_lab: Lab) -> None:
+    """Two-dimensional paging by the older code (kvm.tdp_mmu=0)."""
+    assert other_lab.manager.read_file(PARAMETER + "tdp_mmu").strip() == "N"
+    _run(other_lab)
+
+
+@_CLAUSES
+@pytest.mark.boot_with("kvm_amd.npt=0", "kvm_intel.ept=0")
+def test_shadow_paging(other_lab: Lab) -> None:
+    """Shadow paging (npt=0, ept=0): KVM keeps page tables of its own beside the guest's."""
+    file = TWO_DIMENSIONAL[other_lab.manager.vendor]
+    if other_lab.manager.read_file(file).strip() != "N":
+        skip_clause(f"{file} says that shadow paging cannot be had here")
+    _run(other_lab)
