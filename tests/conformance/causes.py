@@ -11,7 +11,7 @@ from typing import Any
 from checks import enable, next_event_of, requires
 from lab import Lab
 
-from harness.manager.payloads import IDT, MAILBOX_WORDS, mailbox
+from harness.manager.payloads import FREE, IDT, MAILBOX_WORDS, mailbox
 from harness.manager.smallvm import SmallVm
 from harness.tool import EventMessage, Session
 
@@ -33,6 +33,7 @@ __all__ = [
 CR4_DE, CR4_PAE, CR4_OSXSAVE = 0x8, 0x20, 0x40000
 LSTAR = 0xC0000082
 INVALID_OPCODE = 6
+WRITTEN = 0x1234_5678
 
 Words = dict[str, int]
 
@@ -111,6 +112,13 @@ def _msr(vm: SmallVm, session: Session, vcpu: int) -> None:
     vm.order("set_msr", LSTAR, 0x2000, vcpu=vcpu)
 
 
+def _pf(vm: SmallVm, session: Session, vcpu: int) -> None:
+    entries = [{"gpa": FREE, "access": "RX"}]
+    session.command("VM_SET_PAGE_ACCESS", entries=entries).ok()
+    enable(session, "PF", vcpu=vcpu)
+    vm.order("write", FREE, WRITTEN, vcpu=vcpu)
+
+
 def _called(traps: int) -> Callable[[SmallVm, Words, int], None]:
     def over(_vm: SmallVm, words: Words, _vcpu: int) -> None:
         assert words["done"] == words["want"]
@@ -132,6 +140,11 @@ def _stored(vm: SmallVm, words: Words, vcpu: int) -> None:
     assert words["faults"] == 0
 
 
+def _written(vm: SmallVm, words: Words, _vcpu: int) -> None:
+    assert vm.read(FREE, 8) == struct.pack("<Q", WRITTEN)
+    assert words["faults"] == 0
+
+
 def _delivered(vm: SmallVm, _words: Words, vcpu: int) -> None:
     vm.wait_word("faults", 1, vcpu=vcpu)
     words = vm.words(vcpu=vcpu)
@@ -147,10 +160,11 @@ CAUSES = {
     "XSETBV": Cause("system", _xsetbv, _result(3), 11, 576),
     "DESCRIPTOR": Cause("system", _descriptor, _stored, 13, 560),
     "MSR": Cause("system", _msr, _result(0x2000), 15, 576),
+    "PF": Cause("access", _pf, _written, 17, 576),
 }
 """By the event's name."""
 
-RETRYABLE = {"BREAKPOINT", "DESCRIPTOR"}
+RETRYABLE = {"BREAKPOINT", "DESCRIPTOR", "PF"}
 """Those of them that RETRY is an action of."""
 
 

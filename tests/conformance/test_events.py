@@ -86,9 +86,11 @@ def test_common_part(lab: Lab, name: str, clauses: Any) -> None:
     vm.set_msrs(dict(MSR_VALUES.values()), vcpu=1)
     session = lab.hook(vm)
     requires(session, event=name)
-    sregs = vm.special_registers(vcpu=1)
     vm.run()
     vm.progresses(vcpu=1)
+    vm.stop(1)
+    sregs = vm.special_registers(vcpu=1)
+    vm.run(1)
     event = cause(vm, session, name, vcpu=1)
     common = event.common
     assert (common.size, common.vcpu, common.arch.mode) == (544, 1, 8)
