@@ -152,6 +152,17 @@ many_msr:				# MSR edi
 	decl	%r8d
 	jnz	1b
 	ret
+many_xcr:				# XCR0, with rdi and rsi in turn
+	movl	$500, %r8d
+	xorl	%ecx, %ecx
+	xorl	%edx, %edx
+1:	movl	%edi, %eax
+	xsetbv
+	movl	%esi, %eax
+	xsetbv
+	decl	%r8d
+	jnz	1b
+	ret
 many_gdt:
 	movl	$1000, %ecx
 1:	sgdt	AREA(%r15)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import pytest
+from causes import CR4_DE, CR4_OSXSAVE, CR4_PAE, LSTAR, cause, pair_for
 from checks import continues, enable, next_event_of, requires, silent, supported_events
 from lab import Lab
+from userspace import debug
 
 from harness.abi import Profile
 from harness.manager.smallvm import SmallVm
@@ -13,6 +15,7 @@ from harness.plugin import skip_clause
 from harness.tool import Session
 
 KINDS = {"HYPERCALL": 0, "BREAKPOINT": 1}
+OTHERS = ("CR", "XSETBV", "DESCRIPTOR", "MSR")
 
 
 @pytest.mark.clause("VCPUCTLEVT-ENABLE")
@@ -67,6 +70,27 @@ def test_disable(lab: Lab, name: str) -> None:
     vm.call_out(1, kind=KINDS[name])
     session.answer(next_event_of(session, name))
     vm.wait_word("done", 5)
+
+
+@pytest.mark.clause("VCPUCTLEVT-ENABLE", "VCPUCTLEVT-DISABLE", "EVT-NOTENABLED-NOTSENT")
+@pytest.mark.parametrize("name", OTHERS)
+def test_enable_and_disable(lab: Lab, name: str) -> None:
+    """The same for the events of control registers, MSRs, XCR0 and descriptor tables."""
+    vm, session = pair_for(lab, name, vcpus=2)
+    session.answer(cause(vm, session, name, vcpu=1))
+    vm.finish(vcpu=1)
+    # What caused it goes on being selected, where that matters; only the event is off.
+    enable(session, name, vcpu=1, on=False)
+    for vcpu in (0, 1):
+        vm.perform("set_cr4", CR4_PAE | CR4_DE | CR4_OSXSAVE, vcpu=vcpu)
+        vm.perform("set_xcr", 0, 1, vcpu=vcpu)
+        vm.perform("set_msr", LSTAR, 0x3000, vcpu=vcpu)
+        words = vm.perform("store_idt", vcpu=vcpu)
+        assert words["faults"] == 0
+    silent(session, vcpus=[0, 1])
+    session.answer(cause(vm, session, name, vcpu=1))
+    vm.finish(vcpu=1)
+    silent(session, vcpus=[0, 1])
 
 
 @pytest.mark.clause("VCPUCTLEVT-DISABLE")
@@ -193,6 +217,27 @@ def test_tool_owns_breakpoints(vm: SmallVm, session: Session) -> None:
     assert vm.guest_debug(breakpoints=True) == "OK"
 
 
+@pytest.mark.clause("VCPUCTLEVT-BP-EXCLUSIVE")
+def test_other_debugging(vm: SmallVm, session: Session) -> None:
+    """User space may use debug registers all the while, and gets what they stop at."""
+    vm.run()
+    enable(session, "BREAKPOINT")
+    vm.stop()
+    assert debug(vm, at=vm.machine.linear("on_breakpoint")) == "OK"
+    vm.run()
+    vm.call_out(1, kind=1)
+    event = next_event_of(session, "BREAKPOINT")
+    assert event.regs.rip == vm.machine.linear("breakpoint_site")
+    session.answer(event)
+    assert vm.wait_exit().reason == "DEBUG"
+    assert vm.word("traps") == 0
+    assert debug(vm) == "OK"
+    vm.run()
+    vm.wait_word("done", 1)
+    assert vm.word("traps") == 1
+    silent(session, vcpus=[0])
+
+
 @pytest.mark.clause("VCPUCTLEVT-IMPLICIT")
 def test_implicit_events(vm: SmallVm, session: Session, profile: Profile) -> None:
     """PAUSE, SINGLESTEP and TRAP are accepted for enabling and disabling, with no effect."""
@@ -206,3 +251,14 @@ def test_implicit_events(vm: SmallVm, session: Session, profile: Profile) -> Non
     session.command("VM_PAUSE_VCPU", wait=1).ok()
     session.answer(next_event_of(session, "PAUSE"))
     vm.progresses()
+
+
+@pytest.mark.clause("VCPUCTLEVT-IMPLICIT")
+def test_implicit_trap(lab: Lab) -> None:
+    """A TRAP event comes although it was never enabled, or was disabled."""
+    vm, session = pair_for(lab, "TRAP")
+    for on in (None, False):
+        if on is not None:
+            enable(session, "TRAP", on=on)
+        session.answer(cause(vm, session, "TRAP"))
+    vm.wait_word("faults", 2)

@@ -14,12 +14,13 @@ from causes import (
     LSTAR,
     RETRYABLE,
     bring,
+    can_come,
     cause,
     pair_for,
     select_cr,
     went_on,
 )
-from checks import RawTool, continues, enable, ends_dead, next_event_of, requires, silent
+from checks import RawTool, continues, enable, ends_dead, next_event_of, silent
 from lab import Lab
 
 from harness.abi import Profile
@@ -85,9 +86,9 @@ def test_common_part(lab: Lab, name: str, clauses: Any) -> None:
     )
     vm.set_msrs(dict(MSR_VALUES.values()), vcpu=1)
     session = lab.hook(vm)
-    requires(session, event=name)
     vm.run()
     vm.progresses(vcpu=1)
+    can_come(vm, session, name)
     vm.stop(1)
     sregs = vm.special_registers(vcpu=1)
     vm.run(1)

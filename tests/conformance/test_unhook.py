@@ -133,19 +133,6 @@ def test_page_restrictions_are_lifted(lab: Lab, vm: SmallVm, session: Session) -
     vm.progresses(rounds=50)
 
 
-@pytest.mark.clause("UNHOOK-INTERCEPT-KEPT")
-def test_interceptions_are_kept(vm: SmallVm, session: Session) -> None:
-    """With automatic cleanup off UNHOOK leaves the interception of breakpoints as it is."""
-    requires(session, command="VM_CONTROL_CLEANUP")
-    vm.run()
-    enable(session, "BREAKPOINT")
-    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
-    assert vm.unhook() == "OK"
-    vm.call_out(1, kind=1)
-    # Intercepted and claimed by nobody, a breakpoint is reported to user space.
-    assert vm.wait_exit().reason == "DEBUG"
-
-
 @pytest.mark.clause("UNHOOK-SINGLESTEP-OFF")
 def test_single_stepping_ends(vm: SmallVm, session: Session) -> None:
     """UNHOOK switches single-stepping off: the guest runs on by itself."""

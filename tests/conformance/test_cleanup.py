@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""VM_CONTROL_CLEANUP, and what becomes of interceptions when a session ends.
+
+That an instruction is intercepted shows in the number of the guest's exits: the routines
+here execute one a thousand times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from causes import LSTAR, select_cr, select_msr
+from checks import continues, enable, ends_dead, next_event_of, requires, silent, supported_events
+from lab import Lab
+
+from harness.abi import Profile
+from harness.manager.payloads import FREE, PML4
+from harness.manager.smallvm import SmallVm
+from harness.plugin import skip_clause
+from harness.tool import Session
+
+MANY = 1000
+SYSENTER_CS = 0x174
+# By event: the routine that executes such an instruction many times, and its operands.
+ROUTINES: dict[str, tuple[str, int, int]] = {
+    "BREAKPOINT": ("many_breakpoints", 0, 0),
+    "CR": ("many_cr3", FREE, PML4),
+    "MSR": ("many_msr", SYSENTER_CS, 0),
+    "DESCRIPTOR": ("many_gdt", 0, 0),
+}
+
+
+def _vm(lab: Lab) -> SmallVm:
+    vm = lab.vm(payload="system")
+    vm.write(FREE, vm.read(PML4, 8))
+    vm.run()
+    return vm
+
+
+def _intercepted(vm: SmallVm) -> set[str]:
+    """Which of the instructions make the guest exit; it gets over all of them."""
+    found = set()
+    for name, (routine, first, second) in ROUTINES.items():
+        faults = vm.word("faults") + (MANY if name == "BREAKPOINT" else 0)
+        before = vm.statistic("exits")
+        assert vm.perform(routine, first, second)["faults"] == faults, name
+        if vm.statistic("exits") - before >= MANY:
+            found.add(name)
+    return found
+
+
+def _hook(lab: Lab, vm: SmallVm, profile: Profile) -> tuple[Session, set[str]]:
+    """Hook a guest and enable each of the events; answers those that are there."""
+    session = lab.hook(vm)
+    requires(session, command="VM_CONTROL_CLEANUP")
+    names = set(ROUTINES) & supported_events(session, profile)
+    for name in names:
+        enable(session, name)
+    if "CR" in names:
+        select_cr(session, 3)
+    if "MSR" in names:
+        select_msr(session, SYSENTER_CS)
+        select_msr(session, LSTAR)
+    return session, names
+
+
+def _untouched(vm: SmallVm) -> None:
+    """The instructions must cost nothing by themselves, or the tests here tell nothing."""
+    if found := _intercepted(vm):
+        skip_clause(f"this host intercepts {', '.join(sorted(found))} by itself")
+
+
+@pytest.mark.clause("UNHOOK-INTERCEPT-RESTORED", "CLEANUP-DEFAULT", "CLEANUP-OK")
+@pytest.mark.parametrize("commands", [[], [1], [0, 1]], ids=str)
+def test_restored(lab: Lab, profile: Profile, commands: list[int]) -> None:
+    """With cleanup on, as it is by default, UNHOOK takes back what was intercepted for the tool."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, _ = _hook(lab, vm, profile)
+    for value in commands:
+        session.command("VM_CONTROL_CLEANUP", enable=value).ok()
+    vm.order("breakpoint")
+    session.answer(next_event_of(session, "BREAKPOINT"))
+    vm.finish()
+    assert vm.unhook() == "OK"
+    assert _intercepted(vm) == set()
+    vm.stop()
+    assert vm.guest_debug(breakpoints=True) == "OK"
+
+
+@pytest.mark.clause("UNHOOK-INTERCEPT-KEPT", "CLEANUP-OK")
+@pytest.mark.parametrize("close", [False, True])
+def test_kept(lab: Lab, profile: Profile, close: bool) -> None:
+    """With cleanup off UNHOOK leaves them; the guest runs on, and user space finds them taken."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, names = _hook(lab, vm, profile)
+    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
+    if close:
+        session.close()
+        ends_dead(lab.manager, vm)
+    assert vm.unhook() == "OK"
+    assert _intercepted(vm) == names
+    vm.stop()
+    assert vm.guest_debug(breakpoints=True) == "EBUSY"
+
+
+@pytest.mark.clause("MSG-CLEANUP", "CLEANUP-DEFAULT")
+def test_restored_at_disconnect(lab: Lab, profile: Profile) -> None:
+    """When the tool just closes its socket, they are taken back as well, before any UNHOOK."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, _ = _hook(lab, vm, profile)
+    vm.order("breakpoint")
+    next_event_of(session, "BREAKPOINT")
+    session.close()
+    ends_dead(lab.manager, vm)
+    vm.finish()
+    assert _intercepted(vm) == set()
+    assert vm.preunhook() == "ENOENT"
+
+
+@pytest.mark.clause("CLEANUP-DEFAULT", "HOOK-REHOOK")
+def test_on_again_after_rehook(lab: Lab, profile: Profile) -> None:
+    """Each hook starts with cleanup on, whatever the session before had chosen."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, _ = _hook(lab, vm, profile)
+    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
+    assert vm.unhook() == "OK"
+    _hook(lab, vm, profile)
+    assert vm.unhook() == "OK"
+    assert _intercepted(vm) == set()
+
+
+@pytest.mark.clause("VCPUCTLEVT-DISABLE", "CTLCR-OFF", "CTLMSR-OFF")
+def test_given_up_when_disabled(lab: Lab, profile: Profile) -> None:
+    """What the tool disables or deselects costs the guest nothing any more."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, names = _hook(lab, vm, profile)
+    if "CR" in names:
+        select_cr(session, 3, on=False)
+    if "MSR" in names:
+        select_msr(session, SYSENTER_CS, on=False)
+    for name in names - {"CR", "MSR"}:
+        enable(session, name, on=False)
+    assert _intercepted(vm) == set()
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("CLEANUP-EINVAL-ENABLE", "CLEANUP-EINVAL-PADDING")
+def test_wrong_arguments(lab: Lab, profile: Profile) -> None:
+    """enable above 1 and any byte of padding answer KVM_EINVAL, and leave cleanup as it was."""
+    vm = _vm(lab)
+    _untouched(vm)
+    session, _ = _hook(lab, vm, profile)
+    values: list[dict[str, Any]] = [{"enable": value} for value in (2, 3, 0x80, 0xFF)]
+    values += [{"enable": 0, **wrong}
+               for wrong in session.codec.wrong_paddings("VM_CONTROL_CLEANUP")]  # fmt: skip
+    for wrong in values:
+        session.command("VM_CONTROL_CLEANUP", **wrong).fails("KVM_EINVAL")
+    continues(session)
+    assert vm.unhook() == "OK"
+    assert _intercepted(vm) == set()
