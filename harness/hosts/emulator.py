@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import paramiko
+
 from harness.errors import InfraError, LostHostError
 from harness.hosts import process
 from harness.hosts.monitor import Monitor
-from harness.hosts.ssh import Keys
+from harness.hosts.ssh import Keys, login
 
 __all__ = ["Emulator", "Place", "option_value"]
 
@@ -104,10 +106,10 @@ class Emulator:
 
     # -- Machine ----------------------------------------------------------------------
 
-    def dial(self) -> socket.socket:
+    def login(self, keys: Keys, *, timeout_s: float) -> paramiko.Transport:
         sock = socket.create_connection(("127.0.0.1", self._port), timeout=5.0)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+        return login(sock, keys, timeout_s=timeout_s)
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):

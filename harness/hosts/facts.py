@@ -9,8 +9,8 @@ from pathlib import Path
 
 from harness.errors import BuildError
 from harness.hosts.base import MachineFacts
-from harness.hosts.host import Host
 from harness.hosts.seen import Nature, Seen, look_at
+from harness.hosts.ssh import Shell
 from harness.paths import GUEST_IMAGES
 
 __all__ = ["facts_of", "processor_here", "version_in"]
@@ -19,7 +19,7 @@ _LOOK_TIMEOUT_S = 60.0
 
 
 def facts_of(
-    host: Host,
+    host: Shell,
     *,
     target: str,
     kernel_series: str,
@@ -35,19 +35,13 @@ def facts_of(
     :param emulator: the program that is its processor, with its version; empty if none
         that we know of.
     :param below: the machine whose processor the host was given, if it is not its own.
-    :param qemu: the program that runs the guests, in the host.
+    :param qemu: the program that runs the guests, in the host; empty if it has none.
     :param machine: what all this runs on, for people; by default this machine.
     :raises BuildError: the QEMU in the host does not run there.
     :raises InfraError: the host cannot be looked at.
     """
     seen = look_at(lambda command: host.run(command, check=False, timeout_s=_LOOK_TIMEOUT_S))
-    version = host.run(f"{qemu} --version", check=False)
-    if version.returncode != 0:
-        raise BuildError(
-            "the QEMU of the host image does not run in it",
-            hint=f"is a library missing in {GUEST_IMAGES / 'host/packages'}?",
-            details=version.stderr.decode(errors="replace"),
-        )
+    guest_qemu = _qemu_version(host, qemu) if qemu else "none"
     base = below or seen
     extension = seen.extension or "no virtualisation"
     if emulator:
@@ -67,9 +61,20 @@ def facts_of(
         nested_paging=bool(seen.paging),
         kernel_release=seen.release,
         kernel_series=kernel_series,
-        guest_qemu=version_in(version.text),
+        guest_qemu=guest_qemu,
         machine=machine or f"{processor_here()}, {os.cpu_count()} CPUs",
     )
+
+
+def _qemu_version(host: Shell, qemu: str) -> str:
+    version = host.run(f"{qemu} --version", check=False)
+    if version.returncode != 0:
+        raise BuildError(
+            "the QEMU of the host image does not run in it",
+            hint=f"is a library missing in {GUEST_IMAGES / 'host/packages'}?",
+            details=version.stderr.decode(errors="replace"),
+        )
+    return version_in(version.text)
 
 
 def processor_here() -> str:

@@ -18,7 +18,7 @@ from harness.errors import HostCrashedError, InfraError, LostHostError
 from harness.hosts.console import Console
 from harness.hosts.ssh import Keys, Shell, login_until
 
-__all__ = ["Host", "Machine"]
+__all__ = ["Host", "Machine", "join"]
 
 _TUNNEL_TIMEOUT_S = 10.0
 _DYING_S = 2.0
@@ -28,8 +28,11 @@ _CHUNK = 65536
 class Machine(Protocol):
     """What a host needs of the target that made it."""
 
-    def dial(self) -> socket.socket:
-        """A new connection to the host's SSH port; an OSError if nothing listens."""
+    def login(self, keys: Keys, *, timeout_s: float) -> paramiko.Transport:
+        """Log in once, with so much time for each step.
+
+        :raises NotYet: nobody answers; so does an OSError.
+        """
 
     def ended(self, *, within_s: float = 0.0) -> str | None:
         """What became of the machine, for people; None if it is still there.
@@ -59,18 +62,27 @@ class Host(Shell):
     """
 
     def __init__(
-        self, machine: Machine, *, name: str, evidence: Path, console: Console, keys: Keys
+        self,
+        machine: Machine,
+        *,
+        name: str,
+        evidence: Path,
+        console: Console,
+        keys: Keys,
+        files: str = "/opt",
     ) -> None:
         """For targets. The machine belongs to the host from now on; nothing is dialled yet.
 
         :param name: for messages.
         :param evidence: the directory with the logs of this host.
+        :param files: where our programs are in the host: ``qemu/`` and ``guest/``.
         """
         super().__init__(f"host {name}")
         self.name = name
         self.evidence = evidence
         self.console = console
         self.keys = keys
+        self.files = files
         self._machine = machine
         self._login_lock = threading.Lock()
         self._connection: paramiko.Transport | None = None
@@ -131,7 +143,9 @@ class Host(Shell):
         with self._login_lock:
             if self._connection is None or not self._connection.is_active():
                 self._connection = login_until(
-                    self._machine.dial, self.keys, timeout_s=timeout_s, check=self.check
+                    lambda step_s: self._machine.login(self.keys, timeout_s=step_s),
+                    timeout_s=timeout_s,
+                    check=self.check,
                 )
 
     def _transport(self) -> paramiko.Transport:
@@ -185,12 +199,7 @@ class Host(Shell):
                 str(error), hint="did the program that should listen start?"
             ) from error
         ours, theirs = socket.socketpair()
-        name = f"host-tunnel-{port}"
-        out = threading.Thread(target=_outwards, args=(theirs, channel), name=name, daemon=True)
-        out.start()
-        threading.Thread(
-            target=_inwards, args=(theirs, channel, out), name=name, daemon=True
-        ).start()
+        join(theirs, channel, name=f"host-tunnel-{port}")
         return ours
 
     def close(self) -> None:
@@ -212,6 +221,13 @@ class Host(Shell):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def join(sock: socket.socket, channel: paramiko.Channel, *, name: str) -> None:
+    """Feed each of them from the other, by two threads, until either side closes."""
+    out = threading.Thread(target=_outwards, args=(sock, channel), name=name, daemon=True)
+    out.start()
+    threading.Thread(target=_inwards, args=(sock, channel, out), name=name, daemon=True).start()
 
 
 def _pump(receive: Callable[[int], bytes], send: Callable[[bytes], None]) -> None:

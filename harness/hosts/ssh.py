@@ -28,7 +28,16 @@ from harness.hosts.base import Completed
 if TYPE_CHECKING:
     from harness.hosts.host import Host
 
-__all__ = ["GuestShell", "Keys", "RemoteOutput", "RemoteProcess", "Shell", "login"]
+__all__ = [
+    "GuestShell",
+    "Keys",
+    "NotYet",
+    "RemoteOutput",
+    "RemoteProcess",
+    "Shell",
+    "login",
+    "login_until",
+]
 
 _KEX = "ecdh-sha2-nistp256"
 _HOST_KEY = "ecdsa-sha2-nistp256"
@@ -61,7 +70,7 @@ class Keys:
         self.host_public = fields[1]
 
 
-class _NotYet(Exception):
+class NotYet(Exception):
     """No SSH server answered; the machine may still be booting."""
 
 
@@ -71,14 +80,14 @@ def login(
     """Log in as root over a connected socket or channel, which is closed on failure.
 
     :param timeout_s: for each step: the banner, the key exchange, the authentication.
-    :raises _NotYet: nobody answered on the other end.
+    :raises NotYet: nobody answered on the other end.
     :raises InfraError: somebody answered who is not what we expect.
     """
     try:
         transport = paramiko.Transport(sock)
     except (paramiko.SSHException, OSError) as error:
         sock.close()
-        raise _NotYet(str(error)) from error
+        raise NotYet(str(error)) from error
     transport.name = "host-ssh"  # of the thread; it lives as long as the connection
     transport.daemon = True
     transport.set_log_channel(_LOG_CHANNEL)
@@ -104,7 +113,7 @@ def login(
         ) from error
     except (paramiko.SSHException, EOFError, OSError) as error:
         transport.close()
-        raise _NotYet(str(error) or type(error).__name__) from error
+        raise NotYet(str(error) or type(error).__name__) from error
     except BaseException:
         transport.close()
         raise
@@ -112,19 +121,19 @@ def login(
 
 
 def login_until(
-    dial: Callable[[], socket.socket | paramiko.Channel],
-    keys: Keys,
+    attempt: Callable[[float], paramiko.Transport],
     *,
     timeout_s: float,
     check: Callable[[], None],
 ) -> paramiko.Transport:
-    """Dial and log in again and again until it works.
+    """Try to log in again and again until it works.
 
     QEMU's user network accepts a connection before the machine behind it listens, and
     then repeats its own attempts more and more slowly. A new connection is tried at
     once, so tries are short at first and grow with the machine's slowness.
 
-    :param dial: makes a new connection; an OSError or _NotYet means "not yet".
+    :param attempt: makes a connection and logs in, with so many seconds for each step; an
+        OSError or NotYet means "not yet".
     :param check: raises if the machine is gone, which ends the tries.
     :raises DeadlineError: nobody answered in ``timeout_s``; says what the last try met.
     """
@@ -132,8 +141,8 @@ def login_until(
     banner_s = _FIRST_BANNER_S
     while True:
         try:
-            return login(dial(), keys, timeout_s=banner_s)
-        except (_NotYet, OSError) as error:
+            return attempt(banner_s)
+        except (NotYet, OSError) as error:
             reason = error
         check()
         if time.monotonic() > deadline:
@@ -256,6 +265,8 @@ class Shell:
     def __init__(self, what: str) -> None:
         self.what = what
         """What it reaches, for messages."""
+        self.preamble = ""
+        """Shell commands that are run before each command."""
 
     def _transport(self) -> paramiko.Transport:
         """The connection, made again if it broke and that makes sense."""
@@ -274,7 +285,7 @@ class Shell:
     def _open(self, command: str, timeout_s: float) -> paramiko.Channel:
         try:
             channel = self._transport().open_session(_WINDOW, timeout=timeout_s)
-            channel.exec_command(command)
+            channel.exec_command(self.preamble + command)
         except (paramiko.SSHException, EOFError, OSError) as error:
             self._broken(command, error)
         return channel
@@ -372,7 +383,9 @@ class GuestShell(Shell):
         super().__init__(f"guest at port {port} of host {host.name}")
         self._host = host
         self._connection = login_until(
-            lambda: host.tunnel(port), host.keys, timeout_s=timeout_s, check=host.check
+            lambda step_s: login(host.tunnel(port), host.keys, timeout_s=step_s),
+            timeout_s=timeout_s,
+            check=host.check,
         )
 
     def _transport(self) -> paramiko.Transport:

@@ -31,10 +31,11 @@ from harness.manager.qmp import COMMAND_TIMEOUT_S, PendingAnswer, QmpLink
 
 __all__ = ["QemuGuest"]
 
-QEMU = "/opt/qemu/bin/qemu-system-x86_64"
-FIRMWARE = "/opt/qemu/share"
-GUEST_KERNEL = "/opt/guest/bzImage"
-GUEST_INITRD = "/opt/guest/initrd"
+# Below the host's directory of our files.
+QEMU = "qemu/bin/qemu-system-x86_64"
+FIRMWARE = "qemu/share"
+GUEST_KERNEL = "guest/bzImage"
+GUEST_INITRD = "guest/initrd"
 
 #: A directory of the host in memory; each guest has a subdirectory with its files.
 RUN_DIRECTORY = "/run/kvmi-guests"
@@ -119,10 +120,11 @@ class QemuGuest:
 
     def arguments(self) -> list[str]:
         """QEMU's command line, in full."""
+        files = self.host.files
         argv = [
-            QEMU,
+            f"{files}/{QEMU}",
             # Our own firmware directory; the build has none compiled in that exists here.
-            "-L", FIRMWARE,
+            "-L", f"{files}/{FIRMWARE}",
             "-name", self.name,
             # The handshake carries both, so that a tool knows the guest again.
             "-uuid", str(self.uuid),
@@ -154,8 +156,8 @@ class QemuGuest:
         if self.ssh_port is None:
             return ["-bios", f"{self._directory}/idle.bin"]
         return [
-            "-kernel", GUEST_KERNEL,
-            "-initrd", GUEST_INITRD,
+            "-kernel", f"{self.host.files}/{GUEST_KERNEL}",
+            "-initrd", f"{self.host.files}/{GUEST_INITRD}",
             # quiet: a character on an emulated serial port is an exit to QEMU.
             "-append", "console=ttyS0 quiet panic=1 reboot=t tsc=reliable no_timer_check",
             "-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{self.ssh_port}-10.0.2.15:22",
