@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ABOUT", "CLOCK", "EXIT", "EXIT_KERNEL", "KINDS", "OWN"]
+__all__ = ["ABOUT", "CLOCK", "EXIT", "EXIT_KERNEL", "KINDS", "NOT_THERE", "OWN"]
 
 CLOCK, EXIT, EXIT_KERNEL = "clock", "exit", "exit-kernel"
 
@@ -33,3 +33,6 @@ ABOUT = {
     EXIT: "plain exit to user space: OUT, which this program takes note of and nothing more",
     EXIT_KERNEL: "exit that KVM handles by itself: CPUID",
 } | KINDS
+
+NOT_THERE = {"tcg": {"xsetbv": "in QEMU's TCG no XSETBV leaves the guest, so KVM never sees it"}}
+"""By target: what its processor lacks, so that no kernel could send such an event there."""

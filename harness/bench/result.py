@@ -38,7 +38,7 @@ class Kind(msgspec.Struct, kw_only=True):
     events: list[str]
     """Names of the events of one sample."""
     lacking: str = ""
-    """What the kernel lacks for it, and how it says so."""
+    """What kernel or CPU lack for it, and how that shows."""
     failed: str = ""
     """Why it could not be measured although the kernel has it."""
     hold: Distribution | None = None
@@ -123,8 +123,8 @@ class _Figures:
             about=ABOUT[name],
             events=[self._profile.event(one).name for one in known.events] if known else [],
         )
-        if known is None or known.missing:
-            made.lacking = self._lacking(known)
+        made.lacking = self._lacking(name, known)
+        if made.lacking:
             return made
         made.failed = self._rounds.failed.get(name, "")
         blocks = self._of(name)
@@ -147,9 +147,11 @@ class _Figures:
         found = [blocks[name] for blocks in self._rounds.blocks if name in blocks]
         return found if len(found) == len(self._rounds.blocks) else []
 
-    def _lacking(self, known: KindFacts | None) -> str:
+    def _lacking(self, name: str, known: KindFacts | None) -> str:
         if known is None:
             return "the program does not know it"
+        if not known.missing:
+            return self._rounds.without.get(name, "")
         if known.missing_event is not None:
             what = f"VM_CHECK_EVENT {self._profile.event(known.missing_event).name}"
         elif self._profile.error_name(known.error) == "KVM_EOPNOTSUPP":

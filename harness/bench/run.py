@@ -15,15 +15,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from harness.abi import load_profile
-from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, OWN
+from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, NOT_THERE, OWN
 from harness.bench.program import Block, Facts, Program, Stopped, build
 from harness.bench.result import Result, make_result
 from harness.build.progress import Step, note, step
@@ -74,12 +75,13 @@ class Options:
 
 @dataclass
 class Rounds:
-    """What was measured: the host's facts, the blocks of each round by kind, and the kinds that
-    could not be measured to the end, with the program's words."""
+    """What was measured: the host's facts and the blocks of each round by kind. And what was not:
+    kinds that this target lacks, and kinds that failed, each with the reason."""
 
     facts: Facts
-    blocks: list[dict[str, Block]]
-    failed: dict[str, str]
+    without: Mapping[str, str]
+    blocks: list[dict[str, Block]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def bench_events(settings: Settings, options: Options) -> int:
@@ -120,6 +122,7 @@ def bench_events(settings: Settings, options: Options) -> int:
                     host, limit_s=LIMIT_S, vcpus=options.vcpus, apart=options.apart
                 ),
                 options,
+                without=NOT_THERE.get(target.name, {}),
                 keep=keep,
                 progress=progress,
                 after_round=lambda: _show_counters(host, run_dir),
@@ -157,16 +160,19 @@ def _report(result: Result, run_dir: Path) -> int:
     return int(bool(result.complaints) or any(one.failed for one in result.kinds))
 
 
-def order_of(facts: Facts, options: Options) -> Iterator[list[str]]:
+def order_of(
+    facts: Facts, options: Options, *, without: Collection[str] = ()
+) -> Iterator[list[str]]:
     """For each round what to measure, in its order, from the seed alone.
 
-    Kinds that the kernel lacks are left out; with each kind comes its share of our own.
+    Kinds that the kernel lacks are left out, and those in ``without``; with each kind comes its
+    share of our own.
     """
     chance = random.Random(options.seed)
     wanted = [
         kind
         for kind in facts.kinds
-        if kind in (options.only or KINDS) and not facts.kinds[kind].missing
+        if kind in (options.only or KINDS) and not facts.kinds[kind].missing and kind not in without
     ]
     everything = [CLOCK, EXIT, EXIT_KERNEL, *wanted, *(OWN + kind for kind in wanted)]
     for _ in range(options.rounds):
@@ -180,6 +186,7 @@ def measure_rounds(
     *,
     keep: Callable[[Facts | Block], None],
     progress: Step,
+    without: Mapping[str, str] = MappingProxyType({}),
     after_round: Callable[[], None] = lambda: None,
 ) -> Rounds:
     """Measure all kinds in all rounds.
@@ -188,12 +195,14 @@ def measure_rounds(
 
     :param start: makes a program that can measure.
     :param keep: told all that the program says, at once.
+    :param without: kinds that cannot be measured here, and why.
     """
     program = start()
-    done = Rounds(program.facts, [], {})
+    done = Rounds(program.facts, without)
     keep(program.facts)
+    orders = order_of(program.facts, options, without=without)
     try:
-        for number, order in enumerate(order_of(program.facts, options), 1):
+        for number, order in enumerate(orders, 1):
             blocks: dict[str, Block] = {}
             for place, kind in enumerate(order):
                 if kind in done.failed:

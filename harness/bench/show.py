@@ -30,12 +30,12 @@ def time_text(ns: float) -> str:
     return f"{ns:.0f} ns"
 
 
-def _interval(ratio: Ratio | None, *, percent: bool = False) -> str:
-    if ratio is None:
-        return ""
-    if percent:
-        return f"{100 * ratio.value:.0f} % ({100 * ratio.low:.0f}-{100 * ratio.high:.0f})"
-    return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+def _interval(ratio: Ratio | None) -> str:
+    return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else ""
+
+
+def _share(ratio: Ratio | None) -> str:
+    return f"{100 * ratio.value:.0f} %" if ratio else ""
 
 
 def _time_of(one: Distribution | None, what: str = "median_ns") -> str:
@@ -57,7 +57,7 @@ _CELLS: dict[str, Callable[[Kind], str]] = {
     "answer": lambda kind: _part_of(kind, "answer_ns"),
     "back": lambda kind: _part_of(kind, "back_ns"),
     "own": lambda kind: _time_of(kind.own),
-    "own share": lambda kind: _interval(kind.own_share, percent=True),
+    "own share": lambda kind: _share(kind.own_share),
 }
 
 
@@ -111,7 +111,7 @@ def render_page(result: Result) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"time": time_text, "interval": _interval}
+    environment.filters |= {"time": time_text, "interval": _interval, "share": _share}
     shown = [kind for kind in result.kinds if kind.hold is not None]
     everything = [
         at

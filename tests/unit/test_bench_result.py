@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from harness.abi import load_profile
-from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS
+from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, NOT_THERE
 from harness.bench.program import Block, Facts, KindFacts, VcpuSamples
 from harness.bench.result import Kind, Result, make_result
 from harness.bench.run import Options, Rounds
@@ -40,6 +40,7 @@ def result(*, emulated: bool = True, events: int | None = None) -> Result:
         EXIT_KERNEL: KindFacts(events=[], samples=9),
         **{name: KindFacts(events=[7], samples=9, missing_event=7, error=-2) for name in KINDS},
         "hypercall": KindFacts(events=[3], samples=9),
+        "xsetbv": KindFacts(events=[11], samples=9),
         "pause": KindFacts(events=[1], samples=9),
         "singlestep": KindFacts(events=[19], samples=9, missing_command=27, error=-95),
     }
@@ -58,7 +59,7 @@ def result(*, emulated: bool = True, events: int | None = None) -> Result:
         for slow in (1, 3)
     ]
     return make_result(
-        Rounds(facts, blocks, {"pause": "not done within 60 s"}),
+        Rounds(facts, NOT_THERE["tcg"], blocks, {"pause": "not done within 60 s"}),
         profile=load_profile("v12"),
         started="2025-01-31T10:15:00.000Z",
         options=vars(Options(rounds=2, samples=3)),
@@ -98,6 +99,7 @@ def test_what_has_no_figures_says_why() -> None:
     found = result()
     assert of(found, "cr3").lacking == "VM_CHECK_EVENT CR answers KVM_ENOENT"
     assert of(found, "singlestep").lacking.endswith("features.singlestep is 0")
+    assert "no XSETBV leaves the guest" in of(found, "xsetbv").lacking
     assert of(found, "pause").failed == "not done within 60 s"
     assert all(of(found, name).hold is None for name in ("cr3", "singlestep", "pause"))
 
