@@ -257,8 +257,8 @@ class Vm:
             raise ValueError(f"no memory slot {slot} to delete")
         region = struct.pack("<IIQQQ", slot, flags, gpa, size, known.address)
         buffer = ctypes.create_string_buffer(region, len(region))
-        request = KVM_SET_USER_MEMORY_REGION
-        must("KVM_SET_USER_MEMORY_REGION", self.fd, request, ctypes.addressof(buffer))
+        number, address = KVM_SET_USER_MEMORY_REGION, ctypes.addressof(buffer)
+        must("KVM_SET_USER_MEMORY_REGION", self.fd, number, address)
         known.gpa, known.flags = gpa, flags
         if not size:
             del self.slots[slot]
@@ -405,6 +405,11 @@ class Agent:
         """Tell for each vCPU whether its thread is in KVM_RUN."""
         return [vcpu.running() for vcpu in self.vms[request["vm"]].vcpus]
 
+    def op_vcpu_thread(self, request: Request) -> int | None:
+        """The number of the thread that runs a vCPU, for /proc/self/task."""
+        thread = self.vms[request["vm"]].vcpus[request["vcpu"]].thread
+        return None if thread is None else thread.native_id
+
     def op_stop(self, request: Request) -> Request | None:
         """Signal a vCPU's thread out of KVM_RUN and wait for it; null when it stays."""
         vcpu = self.vms[request["vm"]].vcpus[request["vcpu"]]
@@ -505,6 +510,30 @@ class Agent:
         ret, err = ioctl(self._fd(request["on"]), request["request"], value)
         out = buffer.raw.hex() if buffer is not None and request.get("out") else None
         return {"ret": ret, "errno": err, "out": out}
+
+    def op_failing_ioctl(self, request: Request) -> Request:
+        """Issue an ioctl during which the ``nth`` allocation of the kernel fails.
+
+        ``injected`` tells whether there was such an allocation. Needs a kernel with fault
+        injection (Documentation/fault-injection/fault-injection.rst, fail-nth).
+        """
+        buffer, value = self._argument(request.get("arg") or {})
+        fd, number = self._fd(request["on"]), request["request"]
+        nth = os.open("/proc/thread-self/fail-nth", os.O_RDWR)
+        try:
+            os.write(nth, b"%d" % request["nth"])
+            ret, err = ioctl(fd, number, value)
+            try:
+                left = int(os.pread(nth, 16, 0))
+            except OSError:  # copying the answer counts, too: the ioctl got past everything
+                left = 1
+            with contextlib.suppress(OSError):
+                os.write(nth, b"0")
+            os.write(nth, b"0")
+        finally:
+            os.close(nth)
+        del buffer  # lived until here, as the kernel reads it
+        return {"ret": ret, "errno": err, "injected": left == 0}
 
     def _argument(self, arg: Request) -> tuple[Any, int]:
         """``{"hex": h}`` in a buffer, ``{"value": n}`` raw, ``{"bad": kind, "hex": h}``.

@@ -390,6 +390,20 @@ class SmallVm:
             raise SilenceError(f"ioctl {what} did not return in {timeout_s:g} s") from error
         return _result(answer, what)
 
+    def failing_hook(self, fd: int, *, nth: int) -> tuple[str, bool]:
+        """HOOK, with the n-th allocation failing: (result, whether there was such a one)."""
+        request, data = self.manager.codec.encode_ioctl("HOOK", fd=fd, uuid=bytes(16))
+        answer = self.manager.link.call(
+            "failing_ioctl", on=f"vm:{self.name}", request=request, arg={"hex": data.hex()},
+            nth=nth,
+        )  # fmt: skip
+        return _result(answer, "HOOK"), answer["injected"]
+
+    def vcpu_thread(self, vcpu: int = 0) -> int:
+        """The number of the thread in which a vCPU runs."""
+        number: int = self._call("vcpu_thread", vcpu=vcpu)
+        return number
+
     def hook(
         self, fd: int, *, padding: int = 0, uuid: bytes = bytes(16), bad: str | None = None
     ) -> str:
