@@ -89,13 +89,14 @@ def host(request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
 
 @pytest.fixture
 def fresh_host(
-    request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
+    request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings, target: Target
 ) -> Iterator[Host]:
     """A host for this test alone, just restored; for tests that leave one changed or dead.
 
     With ``@pytest.mark.boot_without("kvm.introspection=1")`` it is booted from nothing,
     without these options of the usual kernel command line; with
-    ``@pytest.mark.boot_with("kvm.tdp_mmu=0")`` these are added to it.
+    ``@pytest.mark.boot_with("kvm.tdp_mmu=0")`` these are added to it. Where the target has a
+    machine that runs already, the test is skipped then.
     """
     options = {
         f"{name}_options": [
@@ -103,6 +104,8 @@ def fresh_host(
         ]
         for name in ("with", "without")
     }
+    if any(options.values()) and not target.boots:
+        pytest.skip(f"a machine of target {target.name} is not booted with other kernel options")
     yield from _lend(current(request.node), kvmi_pool, settings, fresh=True, **options)
 
 

@@ -55,6 +55,7 @@ class Host:
 
 class Target:
     name = "fake"
+    boots = True
     started = []
     fail = None
 
