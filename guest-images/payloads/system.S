@@ -65,13 +65,21 @@ get_msr:
 	movl	%edi, %ecx
 	rdmsr
 	jmp	both_halves
-set_xcr:
+set_xcr:				# with KIND 1 by KVM's emulator, by its own prefix
 	movl	%edi, %ecx
 	movl	%esi, %eax
 	movq	%rsi, %rdx
 	shrq	$32, %rdx
+	cmpq	$0, KIND(%r15)
+	jne	1f
 xsetbv_site:
 	xsetbv
+	jmp	get_xcr
+1:	ud2
+	.ascii	"kvm"
+emulated_xsetbv_site:
+	xsetbv
+get_xcr:
 	xgetbv
 both_halves:
 	movl	%eax, %eax

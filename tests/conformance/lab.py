@@ -14,9 +14,10 @@ from checks import RawTool
 
 from harness.abi import Codec, Profile
 from harness.counters import SlotWriter
-from harness.manager.small import SmallManager
+from harness.manager.describe import describe
+from harness.manager.small import PARAMETER, SmallManager
 from harness.manager.smallvm import SmallVm
-from harness.tool import Listener, Session, Transcript
+from harness.tool import EventMessage, Listener, Session, Transcript
 
 __all__ = ["Lab"]
 
@@ -35,10 +36,14 @@ class Lab:
         self._counters = counters
         self._numbers = itertools.count(1)
         self._open: list[Session | RawTool] = []
+        self._parameters: dict[str, str] = {}
+        self._guests: list[tuple[SmallVm, list[Session]]] = []
 
     def vm(self, **wanted: Any) -> SmallVm:
         """Make a guest; see :meth:`SmallManager.create_vm`."""
-        return self.manager.create_vm(**wanted)
+        vm = self.manager.create_vm(**wanted)
+        self._guests.append((vm, []))
+        return vm
 
     def connect(self, vm: SmallVm) -> tuple[int, socket.socket]:
         """Connect a socket that is meant for that guest: (number in the host, our end)."""
@@ -65,7 +70,11 @@ class Lab:
             assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
         else:
             assert vm.hook(fd) == "OK"
-        return self.session(sock)
+        session = self.session(sock)
+        for known, sessions in self._guests:
+            if known is vm:
+                sessions.append(session)
+        return session
 
     def raw(self, vm: SmallVm, *, allow: bool = True) -> RawTool:
         """Like :meth:`hook`, for a test that writes and reads the bytes itself."""
@@ -86,6 +95,15 @@ class Lab:
             vm.run()
         return vm, session
 
+    def set_parameter(self, name: str, value: str) -> None:
+        """Set a parameter of the host's KVM until the end of the test.
+
+        :raises InfraError: there is none of that name.
+        """
+        path = PARAMETER + name
+        self._parameters.setdefault(path, self.manager.read_file(path).strip())
+        self.manager.write_file(path, value)
+
     @contextmanager
     def introspection_off(self) -> Iterator[None]:
         """Switch introspection off in the whole host for a while."""
@@ -95,10 +113,28 @@ class Lab:
         finally:
             self.manager.introspection(True)
 
+    def guests(self) -> str:
+        """Tell of each vCPU what it is doing, its registers and the code around rip.
+
+        Stops the vCPUs that run: for the end of a test that failed.
+        """
+        parts = []
+        for vm, sessions in self._guests:
+            events = {
+                message.vcpu: message
+                for session in sessions
+                for message in session.log
+                if isinstance(message, EventMessage)
+            }
+            parts += [describe(vm, vcpu, events.get(vcpu)) for vcpu in range(vm.machine.vcpus)]
+        return "\n\n".join(parts)
+
     def close(self) -> None:
         """Close the sessions and end all guests."""
         with ExitStack() as stack:
             stack.callback(self._transcript.close)
+            for path, value in self._parameters.items():
+                stack.callback(self.manager.write_file, path, value)
             stack.callback(self.manager.reset)
             stack.callback(self.listener.close)
             for session in self._open:

@@ -246,8 +246,8 @@ def test_refused_by_the_cpu(lab: Lab) -> None:
     for cr in CHANGES:
         _watch(session, cr)
     for number, (routine, value) in enumerate(
-        [("set_cr0", CR0 & ~1), ("set_cr0", 1 << 32 | CR0), ("set_cr4", 1 << 31 | CR4),
-         ("set_cr4", 0), ("set_cr3", 1 << 62 | PML4)], 1,
+        [("set_cr0", CR0 & ~1), ("set_cr4", 1 << 31 | CR4), ("set_cr4", 0),
+         ("set_cr3", 1 << 62 | PML4)], 1,
     ):  # fmt: skip
         words = vm.perform(routine, value)
         assert (words["faults"], words["vector"]) == (number, 13), f"{routine} {value:#x}"

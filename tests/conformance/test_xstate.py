@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from causes import CR4_OSXSAVE, CR4_PAE, intercepts_xsetbv, pair_for
+from causes import CR4_OSXSAVE, CR4_PAE, pair_for, shows_xsetbv
 from checks import enable, next_event_of, requires, silent
 from lab import Lab
 from userspace import get_xsave, set_xcr0
@@ -90,8 +90,7 @@ def test_xcr0_of_the_guest(lab: Lab) -> None:
     """After the guest changed XCR0 VCPU_GET_XCR answers the new value."""
     vm, session = lab.pair(payload="system")
     requires(session, command="VCPU_GET_XCR")
-    if not intercepts_xsetbv(vm):
-        skip_clause("this CPU executes a guest's XSETBV without asking KVM (QEMU's TCG does so)")
+    shows_xsetbv(lab, vm)
     vm.perform("identify", 0xD)
     supported = vm.read(_area(), 1)[0]
     for value in [X87 | SSE, X87] + [X87 | SSE | AVX] * bool(supported & AVX):
