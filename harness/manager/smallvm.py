@@ -203,6 +203,13 @@ class SmallVm:
         steps = self._ordering(routine, first, second, vcpu) + self._finishing(vcpu, timeout_s)
         return self._finished(steps, vcpu, timeout_s)
 
+    def count_exits(self, routine: str, first: int = 0, second: int = 0) -> int:
+        """:meth:`perform` on vCPU 0; answer how often the VM's vCPUs left the guest meanwhile."""
+        look = {"op": "read_file", "path": self._statistics + "exits"}
+        order, finish = self._ordering(routine, first, second, 0), self._finishing(0, 5.0)
+        before, *_, after = self.manager.batch([look, *order, *finish, look])
+        return int(after) - int(before)
+
     def _ordering(self, routine: str, first: int, second: int, vcpu: int) -> list[dict[str, Any]]:
         box, address = mailbox(vcpu), self.machine.linear(routine)
         data = base64.b64encode(struct.pack("<QQQ", address, first, second)).decode()

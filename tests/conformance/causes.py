@@ -191,9 +191,7 @@ def shows_xsetbv(lab: Lab, vm: SmallVm) -> None:
     to, which it does for instructions behind a prefix of its own (kvm.force_emulation_prefix).
     """
     vm.perform("set_cr4", CR4_PAE | CR4_OSXSAVE)
-    before = vm.statistic("exits")
-    vm.perform("many_xcr", 3, 1)
-    if vm.statistic("exits") - before < 1000:
+    if vm.count_exits("many_xcr", 3, 1) < 1000:
         lab.set_parameter("force_emulation_prefix", "1")
         for vcpu in range(vm.machine.vcpus):
             vm.set_word("kind", 1, vcpu=vcpu)

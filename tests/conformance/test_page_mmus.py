@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import test_cr as cr
 import test_page_access as access
 import test_page_faults as faults
 import test_page_memory as memory
@@ -53,6 +54,12 @@ CORE: list[Part] = [
 
 # With shadow paging the processor does not look at the guest's page tables.
 TWO_DIMENSIONAL_ONLY: list[Part] = [partial(faults.test_page_tables, allowed=X)]
+# With shadow paging KVM itself needs to know of each write of CR3.
+SHADOW_ONLY: list[Part] = [
+    partial(cr.test_changes_are_reported, cr=3),
+    partial(cr.test_deselect, cr=3),
+    cr.test_new_page_tables,
+]
 
 
 @pytest.fixture
@@ -105,10 +112,11 @@ def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes) -> None:
 
 
 @_CLAUSES
+@pytest.mark.clause("CTLCR-OK", "CTLCR-OFF", "EV-CR-PAYLOAD", "EV-CR-NEWVAL")
 @pytest.mark.boot_with("kvm_amd.npt=0", "kvm_intel.ept=0")
 def test_shadow_paging(other_lab: Lab, clauses: ClauseNotes) -> None:
     """Shadow paging (npt=0, ept=0): KVM keeps page tables of its own beside the guest's."""
     file = TWO_DIMENSIONAL[other_lab.manager.vendor]
     if other_lab.manager.read_file(file).strip() != "N":
         skip_clause(f"{file} says that shadow paging cannot be had here")
-    _run(other_lab, clauses, CORE)
+    _run(other_lab, clauses, CORE + SHADOW_ONLY)

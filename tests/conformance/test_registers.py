@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 import pytest
-from causes import CAUSES, cause, pair_for, went_on
+from causes import CAUSES, RETRYABLE, cause, pair_for, went_on
 from checks import continues, enable, next_event_of, silent
 from lab import Lab
 
@@ -279,3 +279,19 @@ def test_set_in_event(lab: Lab, name: str) -> None:
     went_on(vm, name)
     found = session.command("VCPU_GET_REGISTERS", nmsrs=0).ok().fields.regs
     assert (found.r12, found.r13) == (0x1212, 0x22)
+
+
+@pytest.mark.clause("SETREGS-OK")
+@pytest.mark.parametrize("name", [name for name in CAUSES if name not in ("PAUSE", "TRAP")])
+def test_set_rip_in_event(lab: Lab, name: str) -> None:
+    """Where rip was set the vCPU goes on, whether or not the instruction it stood at was done."""
+    vm, session = pair_for(lab, name)
+    event = cause(vm, session, name)
+    start = vm.machine.linear("_start")
+    assert event.regs.rip != start
+    session.command("VCPU_SET_REGISTERS", regs=event.regs, rip=start).ok()
+    session.command("VM_PAUSE_VCPU", wait=0).ok()
+    session.answer(event, "RETRY" if name in RETRYABLE else "CONTINUE")
+    after = next_event_of(session, "PAUSE")
+    assert after.regs.rip == start
+    session.answer(after)
