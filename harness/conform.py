@@ -240,7 +240,7 @@ def _rerun(settings: Settings) -> str:
     if "TOX_ENV_NAME" in os.environ:
         command = "python3 -m tox run -e conform --"
     usual = load_settings()
-    for name in ("target", "kernel_series", "qemu_series", "flavour", "kernel"):
+    for name in ("target", "ssh_host", "kernel_series", "qemu_series", "flavour", "kernel"):
         value = getattr(settings, name)
         if value != getattr(usual, name):
             command += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"

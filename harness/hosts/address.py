@@ -8,6 +8,7 @@ What ``ssh`` on the command line knows counts here too: names and keys of
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,10 @@ class Address:
             if "not found in known_hosts" in str(error):
                 raise UsageError(f"{self.text} is not known: {error}", hint=by_hand) from error
             raise NotYet(str(error)) from error
+        except socket.gaierror as error:
+            raise UsageError(
+                f"{self.text}: there is no machine of that name: {error.strerror}", hint=by_hand
+            ) from error
         except (OSError, EOFError) as error:
             raise NotYet(str(error) or type(error).__name__) from error
         transport = client.get_transport()

@@ -16,7 +16,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -247,12 +247,21 @@ class SshTarget:
         self._holder: RemoteProcess | None = None
         self._held: _Control | None = None
 
+    @contextlib.contextmanager
+    def shell(self) -> Iterator[Shell]:
+        """Commands on the machine, whatever it runs.
+
+        :raises UsageError: it does not let us in.
+        :raises DeadlineError: it does not answer.
+        """
+        with contextlib.closing(_Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
+            yield control
+
     def prepare(self, kernel: KernelBuild, images: Images) -> None:
         """Look at the machine, and copy to it what it lacks. See :class:`Target`."""
         self._keys = Keys(images.keys)
         self._files = f"{_PLACE}/{images.key}"
-        control = _Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)
-        with contextlib.closing(control):
+        with self.shell() as control:
             seen = self._look(control)
             self._copy(control, images)
             same = seen.release == kernel.release
@@ -264,7 +273,7 @@ class SshTarget:
                 machine=f"{self.address.text} ({seen.title or 'of unknown make'})",
             )
 
-    def _look(self, control: _Control) -> Seen:
+    def _look(self, control: Shell) -> Seen:
         """Look at the machine: does its kernel have introspection?"""
         number = load_profile(self._settings.abi).capability
         seen = look_at(lambda command: control.run(command, check=False), [number])
@@ -277,7 +286,7 @@ class SshTarget:
             raise UsageError(f"{self.address.text}: {obstacle.reason}", hint=obstacle.fix)
         return seen
 
-    def _copy(self, control: _Control, images: Images) -> None:
+    def _copy(self, control: Shell, images: Images) -> None:
         """Copy our programs to the machine, unless it has them; older ones are removed."""
         files = self._files
         if control.run(f"test -e {files}/complete", check=False).returncode == 0:
