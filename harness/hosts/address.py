@@ -20,7 +20,7 @@ from harness.hosts.ssh import NotYet
 __all__ = ["Address"]
 
 _CONFIG = Path("~/.ssh/config")
-_ADDRESS = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:\s]+)(?::(?P<port>\d+))?$")
+_ADDRESS = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:@\s]+)(?::(?P<port>\d+))?$")
 _KEEPALIVE_S = 5
 
 
