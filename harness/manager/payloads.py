@@ -182,6 +182,12 @@ class Machine:
             return self.payload.symbols[label]
         return self.linear_code + self.payload.symbols[label]
 
+    def physical(self, rip: int) -> int:
+        """Answer where in guest-physical memory rip points to."""
+        if self.mode == "real16":
+            return CODE + rip
+        return rip - ALIAS if rip >= ALIAS and self.mode != "protected32" else rip
+
     def memory(self) -> list[tuple[int, bytes]]:
         """List the chunks of guest memory to fill, as (address, bytes)."""
         chunks = [(CODE, self.payload.code), (GDT, self._gdt())]

@@ -9,7 +9,7 @@ doing. Session-scoped things live as long as their worker. All may be overridden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +198,25 @@ class ClauseNotes:
             raise pytest.UsageError(
                 f"{self._state.test} does not name the clause {clause} in its marker"
             )
+
+
+OnFailure = Callable[[str, Callable[[], str]], None]
+"""What the fixture ``on_failure`` is."""
+
+
+@pytest.fixture
+def on_failure(request: pytest.FixtureRequest) -> OnFailure:
+    """Have something told if the test fails: ``on_failure("guests", lab.guests)``.
+
+    The function is called before anything is torn down; its text becomes a file of the
+    evidence, with that name. What it raises becomes the text.
+    """
+    state = current(request.node)
+
+    def register(name: str, tell: Callable[[], str]) -> None:
+        state.tellers[name] = tell
+
+    return register
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,7 @@ class TestState:
     extra_evidence: dict[str, str] = field(default_factory=dict)
     threads: frozenset[threading.Thread] = frozenset()
     run_dir: Path = Path()
+    tellers: dict[str, Callable[[], str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     timeline: Timeline | None = None
 
@@ -76,6 +77,15 @@ class TestState:
             (self.evidence / name).write_text(text, encoding="utf-8")
         except OSError as error:
             self.notes.append(f"{name} could not be saved: {error.strerror}")
+
+    def tell(self) -> None:
+        """Save what the fixtures have to say about a failure, while all of them are alive."""
+        for name, teller in self.tellers.items():
+            try:
+                text = teller()
+            except Exception as error:
+                text = f"cannot be told: {type(error).__name__}: {error}"
+            self.save(f"{name}.txt", text)
 
     def settle(self, lease: Lease, *, quiet_s: float) -> None:
         """End the use of a host: keep its kernel's words, and judge it."""
@@ -217,6 +227,8 @@ class Worker:
                 "failure.txt" if call.when != "teardown" else "failure_teardown.txt",
                 "\n\n".join(t for t in (judgement.details, report.longreprtext) if t),
             )
+            if call.when != "teardown":
+                state.tell()
         data: dict[str, Any] = {
             "outcome": judgement.outcome.value,
             "reason": judgement.reason,

@@ -40,7 +40,9 @@ MARKS = {
     Outcome.SKIP: "-",
 }
 
-_FIRST_EVIDENCE = ("transcript", "kernel_log", "failure", "failure_teardown", "timeline")
+_FIRST_EVIDENCE = (
+    "transcript", "guests", "kernel_log", "failure", "failure_teardown", "timeline",
+)  # fmt: skip
 
 
 UNFOLDED = 5
@@ -205,6 +207,7 @@ def _problem(view: RunView, test: TestView, anchor: str) -> Problem:
 
 
 _TITLES = {
+    "guests": "Guests: registers, and code around rip",
     "kernel_log": "Kernel log of the host during this test",
     "failure": "Where it failed",
     "failure_teardown": "What tear-down found",

@@ -8,6 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from harness.report.evidence import evidence_files, kind_of, messages_of, text_of
 from harness.report.model import Outcome
 from harness.report.view import RunView, TestView
 
@@ -23,6 +24,11 @@ STYLES = {
 
 SHOWN = 20
 """How many bad tests are shown; the page has all."""
+
+EXPLAINED = 3
+"""How many of them with messages, guests and kernel log."""
+
+MESSAGES_SHOWN, LINES_SHOWN, WIDTH = 12, 30, 240
 
 
 def print_summary(view: RunView, console: Console | None = None) -> None:
@@ -41,8 +47,10 @@ def summary_of(view: RunView) -> list[RenderableType]:
     bad = view.bad_tests
     if bad:
         parts += [Text(), Rule("What went wrong", align="left", style="dim")]
-        for test in bad[:SHOWN]:
+        for number, test in enumerate(bad[:SHOWN]):
             parts += _bad(view, test)
+            if number < EXPLAINED and test.verdict is Outcome.FAIL:
+                parts += _story(view, test)
         if len(bad) > SHOWN:
             parts.append(Text(f"... and {len(bad) - SHOWN} more tests; the report has all of them"))
     parts += [Text(), *_closing(view)]
@@ -76,7 +84,7 @@ def _bad(view: RunView, test: TestView) -> list[RenderableType]:
             (f"{test.verdict:<5} ", STYLES[test.verdict]), (" ".join(test.blamed) or "-", "bold")
         ),
         Text(f"      {test.test}"),
-        Text(f"      {verdict.reason}"),
+        Text(f"      {_printable(verdict.reason)}"),
         Text(f"      again: {view.rerun([test.test])}", "dim"),
     ]
     folders = {path.rpartition("/")[0] for path in verdict.evidence.values()}
@@ -84,6 +92,41 @@ def _bad(view: RunView, test: TestView) -> list[RenderableType]:
     if folder:
         lines.append(Text(f"      evidence: {view.path(folder)}", "dim"))
     return [*lines]
+
+
+def _story(view: RunView, test: TestView) -> list[RenderableType]:
+    """What led to a failure: the last messages, the guests, and what the kernel said."""
+    parts: list[tuple[str, list[str], int]] = []
+    for name, relative in evidence_files(test.first.evidence, first=("transcript", "guests")):
+        path = view.path(relative)
+        if kind_of(path) == "messages":
+            messages, before = messages_of(path, limit=MESSAGES_SHOWN)
+            lines = [
+                f"{message.at_s:10.6f} {_ARROWS.get(message.direction, '--')} {message.text}"
+                for message in messages
+            ]
+            parts.append(("The exchange that led to it", lines, before))
+        elif name in ("guests", "kernel_log"):
+            excerpt = text_of(path, lines=LINES_SHOWN)
+            title = "The guests" if name == "guests" else "The host's kernel log of that time"
+            parts.append((title, excerpt.text.splitlines(), excerpt.left_out))
+    if "kernel_log" not in test.first.evidence:
+        parts.append(("The host's kernel said nothing during the test", [], 0))
+    shown: list[RenderableType] = []
+    for title, lines, before in parts:
+        more = f" ({before} earlier lines are in the evidence)" if before else ""
+        shown.append(Text(f"      {title}{':' if lines else ''}{more}", "bold"))
+        shown += [Text("        " + _printable(line), "dim") for line in lines]
+    return shown
+
+
+_ARROWS = {"in": "<-", "out": "->"}
+
+
+def _printable(line: str) -> str:
+    """A line of evidence that cannot disturb a terminal, cut where nobody reads on."""
+    text = "".join(character if character.isprintable() else "." for character in line.expandtabs())
+    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 
 def _closing(view: RunView) -> list[RenderableType]:

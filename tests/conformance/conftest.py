@@ -27,6 +27,7 @@ from harness.counters import SlotWriter
 from harness.hosts import Host
 from harness.manager.small import SmallManager
 from harness.manager.smallvm import SmallVm
+from harness.plugin.fixtures import OnFailure
 from harness.plugin.pool import PerHost
 from harness.settings import Settings
 from harness.tool import Session
@@ -55,9 +56,12 @@ def manager(host: Host, per_host: PerHost, profile: Profile, settings: Settings)
 
 
 @pytest.fixture
-def lab(manager: SmallManager, evidence: Path, counters: SlotWriter) -> Iterator[Lab]:
+def lab(
+    manager: SmallManager, evidence: Path, counters: SlotWriter, on_failure: OnFailure
+) -> Iterator[Lab]:
     """Guests and sessions for one test; everything ends with it."""
     lab = Lab(manager, evidence=evidence, counters=counters)
+    on_failure("guests", lab.guests)
     yield lab
     lab.close()
 

@@ -129,6 +129,11 @@ class Lab:
             parts += [describe(vm, vcpu, events.get(vcpu)) for vcpu in range(vm.machine.vcpus)]
         return "\n\n".join(parts)
 
+    def reset(self) -> None:
+        """End all guests, and go on with none."""
+        self.manager.reset()
+        self._guests.clear()
+
     def close(self) -> None:
         """Close the sessions and end all guests."""
         with ExitStack() as stack:

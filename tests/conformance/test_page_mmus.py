@@ -26,7 +26,7 @@ from harness.counters import SlotWriter
 from harness.hosts import Host
 from harness.manager.small import PARAMETER, SmallManager
 from harness.plugin import skip_clause
-from harness.plugin.fixtures import ClauseNotes
+from harness.plugin.fixtures import ClauseNotes, OnFailure
 from harness.settings import Settings
 
 TWO_DIMENSIONAL = {"AMD": "/sys/module/kvm_amd/parameters/npt",
@@ -74,8 +74,10 @@ def other_lab(
     manager.close()
 
 
-def _run(lab: Lab, clauses: ClauseNotes, parts: list[Part]) -> None:
+def _run(lab: Lab, parts: list[Part], clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Do all parts, one after another; those that fail are told together."""
+    guests: list[str] = []
+    on_failure("guests", lambda: "\n\n".join(guests))
     failures: list[Exception] = []
     skipped: list[str] = []
     for part in parts:
@@ -88,7 +90,8 @@ def _run(lab: Lab, clauses: ClauseNotes, parts: list[Part]) -> None:
             given = part.keywords if isinstance(part, partial) else {}
             error.add_note(f"in {function.__module__}.{function.__name__}({given})")
             failures.append(error)
-        lab.manager.reset()
+            guests.append(f"{function.__name__}\n{lab.guests()}")
+        lab.reset()
     if len(skipped) == len(parts):
         skip_clause(skipped[0])
     for text in dict.fromkeys(skipped):
@@ -105,18 +108,18 @@ _CLAUSES = pytest.mark.clause(
 
 @_CLAUSES
 @pytest.mark.boot_with("kvm.tdp_mmu=0")
-def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes) -> None:
+def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Two-dimensional paging by the older code (kvm.tdp_mmu=0)."""
     assert other_lab.manager.read_file(PARAMETER + "tdp_mmu").strip() == "N"
-    _run(other_lab, clauses, CORE + TWO_DIMENSIONAL_ONLY)
+    _run(other_lab, CORE + TWO_DIMENSIONAL_ONLY, clauses, on_failure)
 
 
 @_CLAUSES
 @pytest.mark.clause("CTLCR-OK", "CTLCR-OFF", "EV-CR-PAYLOAD", "EV-CR-NEWVAL")
 @pytest.mark.boot_with("kvm_amd.npt=0", "kvm_intel.ept=0")
-def test_shadow_paging(other_lab: Lab, clauses: ClauseNotes) -> None:
+def test_shadow_paging(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Shadow paging (npt=0, ept=0): KVM keeps page tables of its own beside the guest's."""
     file = TWO_DIMENSIONAL[other_lab.manager.vendor]
     if other_lab.manager.read_file(file).strip() != "N":
         skip_clause(f"{file} says that shadow paging cannot be had here")
-    _run(other_lab, clauses, CORE + SHADOW_ONLY)
+    _run(other_lab, CORE + SHADOW_ONLY, clauses, on_failure)

@@ -75,6 +75,34 @@ def test_whose_fault(suite: Suite, options: tuple[str, ...]) -> None:
     assert "errno differs" in suite.evidence("test_assertion", "failure")
 
 
+def test_fixtures_tell_of_a_failure(suite: Suite) -> None:
+    """What a fixture has to say is asked before anything is torn down, and only on failure."""
+    suite.run(
+        """
+        pytestmark = pytest.mark.clause("HOOK-OK")
+
+        @pytest.fixture
+        def guest(on_failure):
+            state = ["alive"]
+            on_failure("guests", lambda: "the guest is " + state[0])
+            on_failure("broken", lambda: {}["rip"])
+            yield state
+            state[0] = "gone"
+
+        @pytest.fixture
+        def refused(guest): raise errors.ConformanceError("no")
+
+        def test_holds(guest): pass
+        def test_fails(guest): assert guest == []
+        def test_set_up(refused): pass
+        """
+    )
+    for test in ("test_fails", "test_set_up"):
+        assert suite.evidence(test, "guests") == "the guest is alive"
+        assert suite.evidence(test, "broken") == "cannot be told: KeyError: 'rip'"
+    assert "guests" not in suite.record("test_holds").get("evidence", {})
+
+
 def test_assertion_inside_the_package_is_ours(suite: Suite) -> None:
     """An invariant of this package that fails says nothing about the kernel."""
     suite.run(

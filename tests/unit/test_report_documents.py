@@ -52,6 +52,7 @@ def run_dir(tmp_path: Path) -> Path:
     evidence.mkdir(parents=True)
     (evidence / "failure.txt").write_text(f"E assert 1 == 2 {NASTY}")
     (evidence / "kernel_log.txt").write_text("[    1.0] WARNING: at kvmi.c:42\n")
+    (evidence / "guests.txt").write_text(f"Guest 1\n> 0x00010001  nop {NASTY}\n")
     entries = [
         {"kind": "transcript", "abi": "v12", "name": "", "started": "", "monotonic_ns": 0},
         {"t": 0.1, "channel": 1, "kind": "note", "text": NASTY},
@@ -222,8 +223,12 @@ def test_summary(view: RunView) -> None:
         "again: inv conform --select tests/conformance/test_x.py::test_hook-abi",
         "The CPU is emulated",
         "1 of 5 promises was broken.",
+        "0.300000 <- reply GET_VERSION (seq 7): KVM_EPERM",
+        "> 0x00010001  nop",
+        "WARNING: at kvmi.c:42",
     ):
         assert words in text
+    assert "\x1b" not in text
 
 
 def test_no_hook_is_left_uncovered_silently(view: RunView) -> None:

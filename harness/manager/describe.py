@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a guest of the small device manager is doing, in words: for the evidence of a failure.
+
+Told when the test is over, so vCPUs that run are signalled out of the guest for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from harness.errors import ConformanceError, HarnessError
+from harness.manager.listing import listing, place
+from harness.manager.payloads import REGS
+
+if TYPE_CHECKING:
+    from harness.manager.smallvm import SmallVm
+    from harness.tool import EventMessage
+
+__all__ = ["describe"]
+
+_BITS = {2: "16-bit", 4: "32-bit", 8: "64-bit"}
+_MODES = {"real16": 2, "protected32": 4, "compat32": 4, "long": 8}
+_BEFORE, _AFTER = 256, 64
+_STOP_TIMEOUT_S = 1.0
+
+
+def describe(vm: SmallVm, vcpu: int, event: EventMessage | None) -> str:
+    """One vCPU: what state it is in, its registers, and the code around rip.
+
+    :param event: the last event of the vCPU in its session, if there was one. When it has no
+        answer, the vCPU waits in it and the registers are those.
+    """
+    head = f"Guest {vm.name}, vCPU {vcpu}"
+    try:
+        how, registers, size = _registers(vm, vcpu, event)
+        rip = registers["rip"]
+        labels = {name: vm.machine.linear(name) for name in vm.machine.payload.symbols}
+        where = place(rip, labels)
+        text = [f"{head}: {how}, {_BITS[size]} code", f"  rip {rip:#x} {where and f'({where})'}"]
+        text += _table({name: registers[name] for name in REGS if name != "rip"})
+        at = vm.machine.physical(rip)
+        before = min(_BEFORE, at)
+        code = vm.read(at - before, before + _AFTER)
+        text.append(listing(code, rip - before, rip, bytes_mode=size, labels=labels))
+    except HarnessError as error:
+        return f"{head}: {error}"
+    return "\n".join(text)
+
+
+def _registers(
+    vm: SmallVm, vcpu: int, event: EventMessage | None
+) -> tuple[str, Mapping[str, int], int]:
+    """How the vCPU is, its registers, and the size of its code."""
+    if event is not None and not event.answered:
+        how = f"waits for the reply to the event {event.name} (seq {event.seq})"
+        return how, _of_event(event), event.mode
+    how = "does not run"
+    if vm.running(vcpu):
+        how = "ran until it was stopped to be shown here"
+        try:
+            vm.stop(vcpu, timeout_s=_STOP_TIMEOUT_S)
+        except ConformanceError as error:
+            if event is None:
+                raise
+            how = f"{error}; as of its last event, {event.name} (seq {event.seq})"
+            return how, _of_event(event), event.mode
+    values = struct.unpack("<18Q", vm.registers(vcpu=vcpu))
+    return how, dict(zip(REGS, values, strict=True)), _MODES[vm.machine.mode]
+
+
+def _of_event(event: EventMessage) -> dict[str, int]:
+    return {name: getattr(event.regs, name) for name in REGS}
+
+
+def _table(registers: Mapping[str, int]) -> list[str]:
+    """Registers, four in a line."""
+    cells = [f"{name:>6} {value:#018x}" for name, value in registers.items()]
+    return [" ".join(cells[at : at + 4]) for at in range(0, len(cells), 4)]
