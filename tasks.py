@@ -50,15 +50,16 @@ def _told(function: Callable[..., int | None]) -> Callable[..., None]:
 
 def _ready(**options: Any) -> Settings:
     """The settings, on a machine that has the packages: installed now if we may."""
-    from harness.build.packages import ensure_packages
+    from harness.build.packages import ensure_packages, packages_for
 
     settings = load_settings(**options)
-    ensure_packages(settings.cache / "logs" / "packages.log")
+    ensure_packages(settings.cache / "logs" / "packages.log", packages_for(settings))
     return settings
 
 
 _OPTIONS = {
-    "target": "what provides the hosts",
+    "target": "what provides the hosts: auto, kvm, tcg, bochs, ssh",
+    "ssh_host": "the machine of target ssh, such as root@name:22",
     "workers": "test processes, each with a host of its own",
     "kernel_series": "directory of the kernel's patches",
     "qemu_series": "directory of QEMU's patches",
@@ -99,14 +100,18 @@ def _task(name: str | None = None, *, default: bool = False) -> Callable[..., An
 
 
 @_task()
-def doctor(_context: Context, target: str | None = None) -> int:
+def doctor(_context: Context, target: str | None = None, ssh_host: str | None = None) -> int:
     """Name everything that is missing on this machine, with its fix."""
     from harness.build import doctor as examination
 
-    settings = load_settings(target=target)
+    settings = load_settings(target=target, ssh_host=ssh_host)
     findings = examination.examine_machine(settings)
     examination.show(findings, title="This machine")
     findings += _look_at_kept_host(settings)
+    if settings.ssh_host:
+        found = examination.examine_remote(settings)
+        examination.show(found, title=f"\n{settings.ssh_host}")
+        findings += found
     return examination.exit_code(findings)
 
 
@@ -291,6 +296,7 @@ def conform(
     _context: Context,
     *,
     target: str | None = None,
+    ssh_host: str | None = None,
     workers: str | None = None,
     select: str | None = None,
     repeat: int = 1,
@@ -305,6 +311,7 @@ def conform(
 
     settings = _ready(
         target=target,
+        ssh_host=ssh_host,
         workers=workers,
         kernel_series=kernel_series,
         qemu_series=qemu_series,

@@ -13,7 +13,7 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -62,6 +62,9 @@ class Settings:
     """Memory of each host, in MiB."""
     host_cpus: _Count = 2
     """CPUs of each host."""
+    bochs: Literal["debian", "built"] = "debian"
+    """For target ``bochs``: Debian's package, or a newer one that is built from source and
+    three times as fast."""
     quiet_s: _Seconds = 2.0
     """How long a host stays under watch after each sequence, in seconds."""
 

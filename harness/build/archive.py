@@ -252,6 +252,11 @@ class Apt:
         )
         return next(into.glob(f"{package}_*.dsc"))
 
+    def tarball(self, package: str, into: Path, step: Step) -> Path:
+        """Fetch its authors' part of the newest source package, without Debian's; its file."""
+        self._run("apt-get", "source", "--tar-only", "--only-source", package, cwd=into, step=step)
+        return next(into.glob(f"{package}_*.orig.tar.*"))
+
     def __enter__(self) -> Self:
         return self
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from harness.abi.profile import load_profile
 from harness.build.archive import machine_codename
-from harness.build.packages import apt_line, missing_packages
+from harness.build.packages import apt_line, missing_packages, packages_for
 from harness.build.series import load_series
 from harness.errors import HarnessError, InfraError
 from harness.hosts.choice import choose
@@ -31,7 +31,16 @@ from harness.hosts.seen import Seen, look_at, look_here
 from harness.resources import BUILD_MEMORY_MB, free_cores, free_memory_mb
 from harness.settings import Settings
 
-__all__ = ["Answer", "Finding", "State", "examine_host", "examine_machine", "exit_code", "show"]
+__all__ = [
+    "Answer",
+    "Finding",
+    "State",
+    "examine_host",
+    "examine_machine",
+    "examine_remote",
+    "exit_code",
+    "show",
+]
 
 _OLDEST_PYTHON = (3, 11)
 _RELEASES = ("bookworm", "trixie")
@@ -101,7 +110,7 @@ def examine_machine(settings: Settings) -> list[Finding]:
     return [
         _python(),
         _system(),
-        *_packages(),
+        *_packages(settings),
         _cores(),
         _memory(settings),
         _disk(settings),
@@ -129,8 +138,8 @@ def _system() -> Finding:
     return Finding("system", State.OK, f"Debian {codename}, {machine}")
 
 
-def _packages() -> list[Finding]:
-    missing = missing_packages()
+def _packages(settings: Settings) -> list[Finding]:
+    missing = missing_packages(packages_for(settings))
     if not missing:
         return [Finding("Debian packages", State.OK, "all there")]
     fix = apt_line(missing)
@@ -248,6 +257,19 @@ def examine_host(run: Callable[[str], Answer], *, settings: Settings, qemu: str)
         _host_parameter(seen),
     ]
     return [*findings, _host_qemu(run, qemu)] if qemu else findings
+
+
+def examine_remote(settings: Settings) -> list[Finding]:
+    """Look at the machine of target ``ssh``; our QEMU is copied to it when it is used."""
+    from harness.hosts.remote import SshTarget
+
+    try:
+        with SshTarget(settings).shell() as shell:
+            return examine_host(
+                lambda command: shell.run(command, check=False), settings=settings, qemu=""
+            )
+    except HarnessError as error:
+        return [Finding("host", State.MISSING, error.message, error.hint)]
 
 
 def _text(answer: Answer) -> str:

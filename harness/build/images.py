@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     from harness.build.qemu import QemuBuild
     from harness.settings import Settings
 
-__all__ = ["Images", "build_images", "build_keys"]
+__all__ = [
+    "LIBRARIES",
+    "LOADER",
+    "Images",
+    "build_base",
+    "build_images",
+    "build_keys",
+    "libraries_of",
+    "unpack_base",
+]
 
 _HOST = GUEST_IMAGES / "host"
 _GUEST = GUEST_IMAGES / "guest"
@@ -168,7 +177,8 @@ def _as_root(*argv: str) -> list[str]:
     return list(argv) if os.geteuid() == 0 else ["unshare", "--map-root-user", "--", *argv]
 
 
-def _unpack(base: Path, into: Path, *, log: Path) -> None:
+def unpack_base(base: Path, into: Path, *, log: Path) -> None:
+    """Unpack the base into the directory ``into``, which is made; without what is useless."""
     into.mkdir()
     run_logged(
         _as_root(
@@ -250,7 +260,7 @@ def _build_initrd(root: Path, *, base: Path, keys: Path) -> Path:
             program = Path(scratch) / "kvmi-guest"
             _compile(_GUEST / "kvmi-guest.c", program, log=log)
             system = Path(scratch) / "system"
-            _unpack(base, system, log=log)
+            unpack_base(base, system, log=log)
             with (into / "initrd").open("wb") as out:
                 _write_initrd(CpioWriter(out), system=system, program=program, keys=keys)
 
@@ -281,8 +291,8 @@ def _write_initrd(archive: CpioWriter, *, system: Path, program: Path, keys: Pat
             archive.link(f"bin/{applet}", "busybox")
     archive.copy("bin/kvmi-guest", program)
     archive.copy("bin/dropbear", system / "usr/sbin/dropbear")
-    archive.copy(f"lib64/{_LOADER}", system / _LIBRARIES / _LOADER)
-    for library in _libraries(system, system / "usr/sbin/dropbear"):
+    archive.copy(f"lib64/{LOADER}", system / LIBRARIES / LOADER)
+    for library in libraries_of(system, system / "usr/sbin/dropbear"):
         archive.copy(f"lib/{library.name}", library)
     archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     archive.file("etc/shells", b"/bin/sh\n")
@@ -295,16 +305,16 @@ def _write_initrd(archive: CpioWriter, *, system: Path, program: Path, keys: Pat
 
 
 # In a merged /usr all libraries are here, the loader under its own name too.
-_LIBRARIES = "usr/lib/x86_64-linux-gnu"
-_LOADER = "ld-linux-x86-64.so.2"
+LIBRARIES = "usr/lib/x86_64-linux-gnu"
+LOADER = "ld-linux-x86-64.so.2"
 
 
-def _libraries(system: Path, program: Path) -> list[Path]:
+def libraries_of(system: Path, program: Path) -> list[Path]:
     """The shared libraries of the unpacked ``system`` that ``program`` is linked with."""
-    place = system / _LIBRARIES
+    place = system / LIBRARIES
     # The system's own loader, told to look there first. It goes on to look in this
     # machine's directories, so what it finds outside counts as missing.
-    loader = [str(place / _LOADER), "--inhibit-cache", "--library-path", str(place)]
+    loader = [str(place / LOADER), "--inhibit-cache", "--library-path", str(place)]
     found = []
     for line in output_of([*loader, "--list", str(program)]).splitlines():
         name, arrow, where = line.strip().partition(" => ")
@@ -317,7 +327,7 @@ def _libraries(system: Path, program: Path) -> list[Path]:
                 hint=f"add the Debian package that has it to {_HOST / 'packages'}",
             )
         found.append(path)
-    return [path for path in found if path.name != _LOADER]
+    return [path for path in found if path.name != LOADER]
 
 
 # -- disks --------------------------------------------------------------------------
@@ -345,13 +355,13 @@ def _build_host_disk(root: Path, *, base: Path, keys: Path, qemu: QemuBuild) -> 
         program = system / "opt/qemu/bin/qemu-system-x86_64"
         shutil.copy(qemu.binary, program)
         shutil.copytree(qemu.firmware, system / "opt/qemu/share")
-        _libraries(system, program)  # all there?
+        libraries_of(system, program)  # all there?
 
     def make(into: Path) -> None:
         log = root / "logs" / "host-disk.log"
         with progress.step("Write the host image"):
             system = into / "system"
-            _unpack(base, system, log=log)
+            unpack_base(base, system, log=log)
             fill(system)
             _write_disk(system, into / "disk", log=log)
             shutil.rmtree(system)

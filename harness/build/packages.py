@@ -18,14 +18,18 @@ from pathlib import Path
 from harness.build.progress import step
 from harness.build.run import run_logged
 from harness.errors import BuildError, UsageError
+from harness.settings import Settings
 
 __all__ = [
+    "BOCHS_BUILD_PACKAGES",
+    "BOCHS_PACKAGES",
     "PACKAGES",
     "Package",
     "apt_line",
     "ensure_packages",
     "find_firmware",
     "missing_packages",
+    "packages_for",
 ]
 
 _TIMEOUT_S = 1800
@@ -99,6 +103,27 @@ PACKAGES = (
     Package("openssh-client", "ssh", "logs a person in to a kept host"),
     Package("util-linux", "setpriv", "ends what we started when we are killed"),
 )
+
+BOCHS_PACKAGES = (
+    # Which of its displays is installed does not matter: the one we use is in bochs itself.
+    Package("bochs", "bochs-bin", "emulates hosts of target bochs"),
+    Package("bochsbios", "/usr/share/bochs/BIOS-bochs-latest", "firmware of target bochs"),
+    Package("vgabios", "/usr/share/bochs/VGABIOS-lgpl-latest", "firmware of target bochs"),
+)
+"""What target ``bochs`` needs beside the others."""
+
+BOCHS_BUILD_PACKAGES = (
+    *BOCHS_PACKAGES[1:],
+    Package("g++", "g++", "compiles Bochs"),
+)
+"""What it needs if Bochs is built from source."""
+
+
+def packages_for(settings: Settings) -> tuple[Package, ...]:
+    """All packages that a run with these settings needs."""
+    if settings.target != "bochs":
+        return PACKAGES
+    return PACKAGES + (BOCHS_BUILD_PACKAGES if settings.bochs == "built" else BOCHS_PACKAGES)
 
 
 def missing_packages(packages: Iterable[Package] = PACKAGES) -> list[Package]:

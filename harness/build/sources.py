@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sources that series apply to: Debian's ``linux-source-6.12`` and QEMU 10.0.
+"""The sources that we build: Debian's ``linux-source-6.12``, QEMU 10.0, and Bochs 3.0.
 
 What was fetched stays until :func:`fetch` is asked for something newer, so a new point
 release in the archive rebuilds nothing behind anybody's back.
@@ -27,12 +27,14 @@ from harness.build.run import bound_to_us, refuse_full_disk, run_logged
 from harness.errors import BuildError
 from harness.settings import Settings
 
-__all__ = ["Source", "fetch", "linux_source", "qemu_source", "unpack"]
+__all__ = ["Source", "bochs_source", "fetch", "linux_source", "qemu_source", "unpack"]
 
 LINUX_PACKAGE = "linux-source-6.12"
 QEMU_PACKAGE = "qemu"
 QEMU_VERSION = "10.0"
-# The Debian release that has QEMU 10.0, and the kernel for a machine whose own lacks it.
+BOCHS_PACKAGE = "bochs"
+# The Debian release that has QEMU 10.0 and Bochs 3.0, and the kernel for a machine whose own
+# lacks it.
 RELEASE = "trixie"
 
 
@@ -47,7 +49,7 @@ class Source:
     digest: str
     """SHA-256 over what was fetched."""
     main_file: Path
-    """The .deb or .dsc."""
+    """The .deb, .dsc, or tarball."""
 
     @property
     def upstream(self) -> str:
@@ -64,6 +66,11 @@ def linux_source(settings: Settings) -> Source:
 def qemu_source(settings: Settings) -> Source:
     """QEMU's source package, fetched if the cache has none."""
     return _kept(settings, QEMU_PACKAGE) or fetch(settings, QEMU_PACKAGE)
+
+
+def bochs_source(settings: Settings) -> Source:
+    """Bochs's source, fetched if the cache has none."""
+    return _kept(settings, BOCHS_PACKAGE) or fetch(settings, BOCHS_PACKAGE)
 
 
 def _kept(settings: Settings, package: str) -> Source | None:
@@ -123,6 +130,12 @@ def _fetch_into(into: Path, package: str, root: Path, progress: Step) -> tuple[P
                 hint="the series is for that version; point qemu_series to one for yours",
             )
         return main_file, version
+    if package == BOCHS_PACKAGE:
+        # Nothing of Debian's changes is of use here: they are about its documentation.
+        with Apt(root / "apt", [release.stanza("deb-src")], log=log) as apt:
+            apt.update(progress)
+            main_file = apt.tarball(package, into, progress)
+        return main_file, main_file.name.partition("_")[2].partition(".orig.")[0]
     # The machine's own release first: it is what its user would build from.
     for offered in (archives, [release]):
         with Apt(root / "apt", [one.stanza() for one in offered], log=log) as apt:
@@ -154,6 +167,15 @@ def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
         return
     progress.update(doing=source.main_file.name)
     into.mkdir()
+    if ".orig.tar." in source.main_file.name:
+        run_logged(
+            ["tar", "-xf", str(source.main_file), "--strip-components=1", "-C", str(into)],
+            cwd=into,
+            log=log,
+            timeout_s=900,
+            what=f"unpacking the source of {source.name}",
+        )
+        return
     inner = f"./usr/src/{source.name}.tar.xz"
     # A tarball in a package: piped through, so that the disk sees the files alone.
     stages = [

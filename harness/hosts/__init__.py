@@ -35,13 +35,17 @@ def target_for(settings: Settings) -> Target:
 
     :raises UsageError: there is none of that name.
     """
+    from harness.hosts.bochs import BochsTarget
     from harness.hosts.choice import choose
     from harness.hosts.kvm import KvmTarget
+    from harness.hosts.remote import SshTarget
     from harness.hosts.tcg import TcgTarget
 
     targets: dict[str, Callable[[Settings], Target]] = {
+        "bochs": BochsTarget,
         "kvm": KvmTarget,
         "tcg": TcgTarget,
+        "ssh": SshTarget,
     }
     name = choose(settings).target
     if name not in targets:
