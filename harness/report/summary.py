@@ -28,7 +28,8 @@ SHOWN = 20
 EXPLAINED = 3
 """How many of them with messages, guests and kernel log."""
 
-MESSAGES_SHOWN, LINES_SHOWN, WIDTH = 12, 30, 240
+MESSAGES_SHOWN, WIDTH = 16, 240
+LINES_SHOWN = {"guests": 66, "kernel_log": 30}
 
 
 def print_summary(view: RunView, console: Console | None = None) -> None:
@@ -106,8 +107,8 @@ def _story(view: RunView, test: TestView) -> list[RenderableType]:
                 for message in messages
             ]
             parts.append(("The exchange that led to it", lines, before))
-        elif name in ("guests", "kernel_log"):
-            excerpt = text_of(path, lines=LINES_SHOWN)
+        elif name in LINES_SHOWN:
+            excerpt = text_of(path, lines=LINES_SHOWN[name])
             title = "The guests" if name == "guests" else "The host's kernel log of that time"
             parts.append((title, excerpt.text.splitlines(), excerpt.left_out))
     if "kernel_log" not in test.first.evidence:
