@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,11 @@ from harness.errors import HarnessError, InfraError, UsageError
 from harness.hosts.address import Address
 from harness.hosts.base import MachineFacts
 from harness.hosts.facts import facts_of
-from harness.hosts.host import Host, join
+from harness.hosts.host import Host
 from harness.hosts.kernellog import KernelLog
 from harness.hosts.seen import Seen, look_at
 from harness.hosts.ssh import Keys, RemoteProcess, Shell, login_until
+from harness.hosts.wayback import WayBack
 
 if TYPE_CHECKING:
     from harness.build.images import Images
@@ -127,7 +127,7 @@ class RemoteMachine:
         self._end = ""
         self._restarted = False
         self._usual = ""
-        self._forwards: dict[int, int] = {}
+        self._way_back = WayBack(control.connection, what=control.what)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -147,48 +147,21 @@ class RemoteMachine:
             return ""
         # A machine that restarts comes back; only its boot id tells that it did.
         try:
-            control = _Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)
-            boot_id = control.boot_id()
+            with contextlib.closing(_Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
+                self._restarted = control.boot_id() != self._boot_id
         except HarnessError as error:
             return f"the machine {self.address.text} does not answer: {error.message}"
-        if boot_id != self._boot_id:
-            control.close()
-            self._restarted = True
+        if self._restarted:
             return f"the machine {self.address.text} restarted"
-        self.control = control
-        self._forwards.clear()
-        return ""
+        # It goes on, but what its kernel said meanwhile may be lost.
+        return f"the connection to the machine {self.address.text} broke"
 
     def crashed(self) -> bool:
         # Nobody but its kernel restarts it while it is ours.
         return self.ended() is not None and self._restarted
 
     def tool_address(self, port: int) -> tuple[str, int]:
-        """The machine's own end of a tunnel to our port; its sshd listens there."""
-        with self._lock:
-            if port not in self._forwards:
-
-                def handler(channel: paramiko.Channel, _origin: object, _server: object) -> None:
-                    try:
-                        ours = socket.create_connection(("127.0.0.1", port), timeout=5.0)
-                        ours.settimeout(None)
-                    except OSError:
-                        channel.close()
-                        return
-                    join(ours, channel, name=f"host-tool-{port}")
-
-                try:
-                    # The channels of one connection come to one handler, for all ports.
-                    self._forwards[port] = self.control.connection.request_port_forward(
-                        "127.0.0.1", 0, handler
-                    )
-                except paramiko.SSHException as error:
-                    raise InfraError(
-                        f"machine {self.address.text}: its SSH server opens no way back to us",
-                        hint="allow it: AllowTcpForwarding yes in its sshd_config",
-                        details=str(error),
-                    ) from error
-            return "127.0.0.1", self._forwards[port]
+        return "127.0.0.1", self._way_back.port_for(port)
 
     def login(self, keys: Keys, *, timeout_s: float) -> paramiko.Transport:
         return self.address.connect(timeout_s=max(timeout_s, _STEP_S))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from harness.hosts.address import Address
 from harness.hosts.kernellog import KernelLog, line_of
 from harness.hosts.remote import SshTarget
 from harness.hosts.ssh import NotYet
+from harness.hosts.wayback import WayBack, listens
 from harness.settings import load_settings
 
 
@@ -200,3 +202,36 @@ def test_a_connection_that_broke_does_not_hold_anybody_up(log: KernelLog) -> Non
     log.close()
     assert not log.settle()
     assert log.since() == ""
+
+
+class _Connection:
+    """In place of a connection to an SSH server: ports that count up from 1001."""
+
+    def __init__(self) -> None:
+        self.opened: list[int] = []
+
+    def request_port_forward(self, _address: str, _port: int, _handler: object) -> int:
+        self.opened.append(1001 + len(self.opened))
+        return self.opened[-1]
+
+
+def test_ways_back_are_used_again_when_their_listener_is_gone() -> None:
+    """No port comes or goes while few are needed at a time; each listener has its own."""
+    connection = _Connection()
+    way = WayBack(connection, what="machine")  # type: ignore[arg-type]
+    spare = len(connection.opened)
+    used = set()
+    for _ in range(2 * spare):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            assert listens(port)
+            used.add(way.port_for(port))
+            assert way.port_for(port) in used
+        assert not listens(port)
+    assert used == set(connection.opened)
+    assert len(connection.opened) == spare
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(spare + 1)]
+    ports = {way.port_for(one.getsockname()[1]) for one in listeners}
+    assert len(ports) == spare + 1
+    for one in listeners:
+        one.close()
