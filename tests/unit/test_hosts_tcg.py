@@ -15,7 +15,7 @@ import pytest
 from harness.build.images import Images
 from harness.build.kernel import KernelBuild
 from harness.errors import InfraError, LostHostError, UsageError
-from harness.hosts import process, target_for, tcg, template
+from harness.hosts import kvm, process, target_for, tcg, template
 from harness.hosts.emulator import Place
 from harness.hosts.monitor import Monitor
 from harness.hosts.tsc import tsc_khz
@@ -174,3 +174,39 @@ def test_a_silent_emulator_meets_a_deadline() -> None:
     with theirs, pytest.raises(InfraError, match="greeting in time"):
         Monitor(ours, check=lambda: None).open(timeout_s=0.1)
     ours.close()
+
+
+def test_a_machine_that_cannot_be_restored_is_booted_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where that is no error: the facts stay, the saved machine goes."""
+    for name in ("memory", "state", "facts.json"):
+        (tmp_path / name).write_text("{}")
+    saved = template._Template(tmp_path)
+    target = kvm.KvmTarget(Settings(cache=tmp_path))
+
+    def refuse(**_: object) -> None:
+        raise InfraError("nested state is not supported")
+
+    monkeypatch.setattr(target, "start", refuse)
+    assert saved.usable
+    target._try_restoring(saved)
+    assert not saved.usable
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    assert "nested state is not supported" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="not prepared"):
+        target.facts()
+
+
+def test_kvm_and_tcg_have_one_machine_and_another_processor(target: tcg.TcgTarget) -> None:
+    """All that differs is the accelerator and the processor."""
+    other = kvm.KvmTarget(target.settings)
+    other._kernel, other._images = target._kernel, target._images
+    emulated, nested = (one._arguments(_place(), ["a"]) for one in (target, other))
+    assert _after(nested, "-accel") == ["kvm"]
+    assert _after(nested, "-cpu") == ["host"]
+    for option in ("-accel", "-cpu"):
+        for argv in (emulated, nested):
+            index = argv.index(option)
+            del argv[index : index + 2]
+    assert emulated == nested
