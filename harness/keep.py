@@ -254,6 +254,9 @@ class _Keeper:
             "-o",
             f"ProxyCommand={through}",
             *login[port + 2 : -1],
+            # Guests are ours also where the host is not.
+            *("-i", str(host.keys.client_path), "-o", "StrictHostKeyChecking=no"),
+            *("-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
             "root@guest",
         ]
         self._write()

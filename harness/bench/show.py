@@ -66,6 +66,8 @@ def what_it_is(result: Result) -> str:
     where = f"{result.machine.virtualisation or result.machine.cpu_model}"
     if result.emulated:
         return f"EMULATED, not hardware: {where}. These figures compare with each other only."
+    if result.machine.hypervisor:
+        return f"NOT SHOWN TO BE HARDWARE, a virtual machine: {where}."
     return f"Hardware: {result.machine.cpu_model}, {where}."
 
 

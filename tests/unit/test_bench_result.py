@@ -14,7 +14,7 @@ from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, NOT_THERE
 from harness.bench.program import Block, Facts, KindFacts, VcpuSamples
 from harness.bench.result import Kind, Result, make_result
 from harness.bench.run import Options, Rounds
-from harness.bench.show import print_result, render_page
+from harness.bench.show import print_result, render_page, what_it_is
 from harness.errors import UsageError
 from harness.report.model import MachineRecord
 
@@ -118,6 +118,14 @@ def test_result_is_complete_as_json() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 160])
+def test_a_virtual_machine_is_not_called_hardware() -> None:
+    """What is below a hypervisor cannot be seen."""
+    found = result(emulated=False)
+    machine = msgspec.structs.replace(found.machine, hypervisor="KVM")
+    text = what_it_is(msgspec.structs.replace(found, machine=machine))
+    assert text.startswith("NOT SHOWN TO BE HARDWARE")
+
+
 @pytest.mark.parametrize("emulated", [True, False])
 def test_emulated_is_told_from_hardware(emulated: bool, width: int) -> None:
     """Terminal and page begin with what the figures were made on; nothing is cut."""
