@@ -117,7 +117,6 @@ def test_result_is_complete_as_json() -> None:
     assert msgspec.json.decode(msgspec.json.encode(found), type=Result).kinds == found.kinds
 
 
-@pytest.mark.parametrize("width", [80, 160])
 def test_a_virtual_machine_is_not_called_hardware() -> None:
     """What is below a hypervisor cannot be seen."""
     found = result(emulated=False)
@@ -126,6 +125,7 @@ def test_a_virtual_machine_is_not_called_hardware() -> None:
     assert text.startswith("NOT SHOWN TO BE HARDWARE")
 
 
+@pytest.mark.parametrize("width", [80, 160])
 @pytest.mark.parametrize("emulated", [True, False])
 def test_emulated_is_told_from_hardware(emulated: bool, width: int) -> None:
     """Terminal and page begin with what the figures were made on; nothing is cut."""
