@@ -47,6 +47,9 @@ def listing(
     if at is None:
         return _bytes(code, base, rip)
     text = []
+    if at == 0 and rip > base:  # where the instructions before it begin, nobody knows
+        row = code[max(0, rip - base - 16) : rip - base]
+        text.append(f"  {rip - len(row):#010x}  {row.hex(' ')}")
     for address, instruction in lines[max(0, at - 6) : at + 8]:
         if address in known:
             text.append(f"  {known[address]}:")

@@ -107,6 +107,7 @@ _CLAUSES = pytest.mark.clause(
 
 
 @_CLAUSES
+@pytest.mark.timeout(300)
 @pytest.mark.boot_with("kvm.tdp_mmu=0")
 def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Two-dimensional paging by the older code (kvm.tdp_mmu=0)."""
@@ -115,6 +116,7 @@ def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFai
 
 
 @_CLAUSES
+@pytest.mark.timeout(300)
 @pytest.mark.clause("CTLCR-OK", "CTLCR-OFF", "EV-CR-PAYLOAD", "EV-CR-NEWVAL")
 @pytest.mark.boot_with("kvm_amd.npt=0", "kvm_intel.ept=0")
 def test_shadow_paging(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:

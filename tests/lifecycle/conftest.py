@@ -28,12 +28,13 @@ def stage(
     profile: Profile,
     evidence: Path,
     counters: SlotWriter,
-    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Stage]:
     """A host to put guests on, and tools for them; see the module ``stage``."""
     # Attached anew: what a test reads of the counter, it reads as any other process does.
-    with attach(Session.of(pytestconfig).run_dir / COUNTERS) as seen:
+    with attach(Session.of(request.config).run_dir / COUNTERS) as seen:
         stage = Stage(host, profile=profile, evidence=evidence, slot=counters, seen=seen)
+        request.getfixturevalue("on_failure")("guests", stage.guests)
         try:
             yield stage
         finally:

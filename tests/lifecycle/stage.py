@@ -23,6 +23,7 @@ from harness.counters import Counters, SlotWriter
 from harness.errors import ConformanceError, SilenceError
 from harness.hosts import Host
 from harness.hosts.ssh import GuestShell
+from harness.manager.describe import describe_session
 from harness.manager.introspection import Introspection
 from harness.manager.qemu import QemuGuest
 from harness.tool import (
@@ -233,6 +234,7 @@ class Stage:
         self.slot = slot
         self._seen = seen
         self.transcript = Transcript(evidence / "transcript.jsonl", profile=profile)
+        self._sessions: list[Session] = []
         self._open = contextlib.ExitStack()
         self._open.callback(self.transcript.close)
 
@@ -256,7 +258,12 @@ class Stage:
             name=name,
         )
         self._open.callback(session.close)
+        self._sessions.append(session)
         return session
+
+    def guests(self) -> str:
+        """Tell of the guests of all sessions what their vCPUs are doing."""
+        return "\n\n".join(filter(None, map(describe_session, self._sessions)))
 
     def idle(
         self, tool: Tool | None, *, name: str = "idle", start: bool = True, **options: Any

@@ -28,8 +28,10 @@ def test_marks_the_instruction() -> None:
 
 def test_without_labels_or_within_an_instruction() -> None:
     """A rip that no label leads to is where the listing begins."""
-    assert listing(CODE, 0x1000, 0x1002, labels=LABELS).startswith("> 0x00001002")
-    assert listing(CODE, 0x1000, 0x1001).startswith("> 0x00001001")
+    for labels, rip in ((LABELS, 0x1002), (None, 0x1001)):
+        before, first, *_ = listing(CODE, 0x1000, rip, labels=labels).splitlines()
+        assert before == f"  0x00001000  {CODE[: rip - 0x1000].hex(' ')}"
+        assert first.startswith(f"> {rip:#010x}")
     assert "%ax,%ax" in listing(bytes.fromhex("31c0c3"), 0, 0, bytes_mode=2)
 
 
