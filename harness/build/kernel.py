@@ -29,6 +29,7 @@ __all__ = [
     "compiler",
     "half_written_removed",
     "resolve_options",
+    "uapi_headers",
 ]
 
 _TIMEOUT_S = 4 * 3600
@@ -236,16 +237,8 @@ def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> 
     :param into: the file for it; its directory exists.
     :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
     """
-    series = load_series(settings.kernel_series)
-    source = linux_source(settings)
-    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
-    build = place / f"build-{settings.flavour}"
-    if not build.is_dir():
-        raise UsageError(f"{place} has no build directory", hint="`inv build.kernel` makes it")
-    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
     into.write_text("\n".join(lines) + "\n")
-    with tree.locked() as lock:
-        tree.switch(series)
+    with _source_under_test(settings) as (tree, build, lock):
         run_logged(
             ["make", f"O={build}", f"KCONFIG_CONFIG={into}", "olddefconfig"],
             cwd=tree.src,
@@ -256,6 +249,36 @@ def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> 
             hold=[lock],
         )
     return into.read_text()
+
+
+@contextmanager
+def uapi_headers(settings: Settings) -> Iterator[tuple[Path, Path]]:
+    """The directories of the headers for user space, of ``linux`` and of ``asm``, in the source
+    with the series applied. Nobody changes them until the block ends.
+
+    :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
+    """
+    with _source_under_test(settings) as (tree, _build, _lock):
+        yield tree.src / "include/uapi", tree.src / "arch/x86/include/uapi"
+
+
+@contextmanager
+def _source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, int]]:
+    """The source with the series applied, where it was built, and the lock that we hold on it."""
+    if settings.kernel:
+        raise UsageError(
+            f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
+        )
+    series = load_series(settings.kernel_series)
+    source = linux_source(settings)
+    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
+    build = place / f"build-{settings.flavour}"
+    if not build.is_dir():
+        raise UsageError(f"{place} has no build directory", hint="`inv build.kernel` makes it")
+    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+    with tree.locked() as lock:
+        tree.switch(series)
+        yield tree, build, lock
 
 
 def build_environment() -> dict[str, str]:
