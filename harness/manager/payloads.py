@@ -154,7 +154,9 @@ class Machine:
         linear address of an instruction is not its physical one.
     :param smap: keep ring 0 from the pages of outer rings (which all pages are here, so
         the payload's exception handlers cannot run).
-    :param interrupts: start with interrupts enabled.
+    :param interrupts: start with interrupts enabled, though none ever come: Bochs (2.7 and
+        3.0) keeps the host's timer from a guest that it enters with interrupts disabled, so
+        one that spins would never let go of the processor.
     :param registers: general registers to start with, over the defaults.
     """
 
@@ -164,7 +166,7 @@ class Machine:
     cpl: int = 0
     alias: bool = False
     smap: bool = False
-    interrupts: bool = False
+    interrupts: bool = True
     registers: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -20,7 +20,8 @@ GENERAL = [name for name in REGS if name not in ("rip", "rflags")]
 VALUES = {name: 0x1111_0000_0000_0000 * (index % 15 + 1) + 0xABC0 + index
           for index, name in enumerate(GENERAL)}  # fmt: skip
 FLAGS = {"setc": 0x1, "setz": 0x40, "sets": 0x80, "seto": 0x800, "setp": 0x4}
-SOME_FLAGS = 0x2 | 0x1 | 0x80 | 0x4
+# With interrupts enabled (0x200), for the reason that payloads.py gives.
+SOME_FLAGS = 0x2 | 0x1 | 0x80 | 0x4 | 0x200
 MAX_MSRS = 481
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, PAT, EFER = 0x174, 0x175, 0x176, 0x277, 0xC0000080
 STAR, LSTAR, CSTAR, KERNEL_GS_BASE = 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000102
