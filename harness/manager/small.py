@@ -135,7 +135,7 @@ class SmallManager:
         cpl: int = 0,
         alias: bool = False,
         smap: bool = False,
-        interrupts: bool = False,
+        interrupts: bool = True,
         registers: Mapping[str, int] | None = None,
         irqchip: bool = False,
         memory_kb: int = 256,
