@@ -205,6 +205,7 @@ class SshTarget:
 
     name = "ssh"
     boots = False
+    patience = 1.0
 
     def __init__(self, settings: Settings) -> None:
         if not settings.ssh_host:
@@ -214,6 +215,7 @@ class SshTarget:
             )
         self.address = Address.parse(settings.ssh_host)
         self._settings = settings
+        self._images: Images | None = None
         self._keys: Keys | None = None
         self._facts: MachineFacts | None = None
         self._files = ""
@@ -232,11 +234,11 @@ class SshTarget:
 
     def prepare(self, kernel: KernelBuild, images: Images) -> None:
         """Look at the machine, and copy to it what it lacks. See :class:`Target`."""
-        self._keys = Keys(images.keys)
+        self._images, self._keys = images, Keys(images.keys)
         self._files = f"{_PLACE}/{images.key}"
         with self.shell() as control:
             seen = self._look(control)
-            self._copy(control, images)
+            self._copy(control)
             same = seen.release == kernel.release
             self._facts = facts_of(
                 control,
@@ -259,12 +261,13 @@ class SshTarget:
             raise UsageError(f"{self.address.text}: {obstacle.reason}", hint=obstacle.fix)
         return seen
 
-    def _copy(self, control: Shell, images: Images) -> None:
+    def _copy(self, control: Shell) -> None:
         """Copy our programs to the machine, unless it has them; older ones are removed."""
         files = self._files
         if control.run(f"test -e {files}/complete", check=False).returncode == 0:
             return
-        bundle = build_bundle(self._settings, images)
+        assert self._images is not None
+        bundle = build_bundle(self._settings, self._images)
         with step(f"Copy what {self.address.text} lacks"):
             control.run(
                 f"mkdir -p {_PLACE} && cd {_PLACE} && rm -rf -- *-* && mkdir {files} && "
@@ -304,6 +307,7 @@ class SshTarget:
         try:
             self._hold()
             clean(control)
+            self._copy(control)  # once more, should a restart have cost it its files
             machine.ready()
             machine.log = log = KernelLog(control, evidence / "console.log")
             if log.before is not None:
