@@ -262,7 +262,7 @@ class SshTarget:
         return seen
 
     def _copy(self, control: Shell) -> None:
-        """Copy our programs to the machine, unless it has them; older ones are removed."""
+        """Copy our programs to the machine, unless it has them."""
         files = self._files
         if control.run(f"test -e {files}/complete", check=False).returncode == 0:
             return
@@ -270,11 +270,16 @@ class SshTarget:
         bundle = build_bundle(self._settings, self._images)
         with step(f"Copy what {self.address.text} lacks"):
             control.run(
-                f"mkdir -p {_PLACE} && cd {_PLACE} && rm -rf -- *-* && mkdir {files} && "
-                f"tar -xzf - -C {files} && touch {files}/complete",
+                f"rm -rf {files} && mkdir -p {files} && tar -xzf - -C {files} && touch {files}/complete",
                 input=bundle.read_bytes(),
                 timeout_s=_COPY_TIMEOUT_S,
             )
+
+    def _remove_others(self, control: Shell) -> None:
+        """Remove what other runs copied; none of them uses it now."""
+        control.run(
+            f'for one in {_PLACE}/*/; do [ "$one" = {self._files}/ ] || rm -rf "$one"; done'
+        )
 
     def facts(self) -> MachineFacts:
         """The facts of the machine. See :class:`Target`."""
@@ -303,11 +308,16 @@ class SshTarget:
         evidence.mkdir(parents=True, exist_ok=True)
         # It may be restarting, if a test before this one brought it down.
         control = _Control(self.address, timeout_s=_RETURN_TIMEOUT_S)
-        machine = RemoteMachine(self.address, control)
         try:
             self._hold()
             clean(control)
             self._copy(control)  # once more, should a restart have cost it its files
+            self._remove_others(control)
+            machine = RemoteMachine(self.address, control)
+        except BaseException:
+            control.close()
+            raise
+        try:
             machine.ready()
             machine.log = log = KernelLog(control, evidence / "console.log")
             if log.before is not None:
