@@ -270,7 +270,8 @@ class SshTarget:
         bundle = build_bundle(self._settings, self._images)
         with step(f"Copy what {self.address.text} lacks"):
             control.run(
-                f"rm -rf {files} && mkdir -p {files} && tar -xzf - -C {files} && touch {files}/complete",
+                f"rm -rf {files} && mkdir -p {files} && tar -xzf - -C {files} && "
+                f"touch {files}/complete",
                 input=bundle.read_bytes(),
                 timeout_s=_COPY_TIMEOUT_S,
             )
