@@ -77,6 +77,9 @@ class Target(Protocol):
     name: str
     boots: bool
     """Whether it can boot a host with other kernel options than usual."""
+    patience: float
+    """How many times longer than usual its hosts may take: all limits of waits for them and of
+    tests are multiplied by it. Times that pass on purpose are not."""
 
     def prepare(self, kernel: KernelBuild, images: Images) -> None:
         """Make ready what all hosts share, such as a saved machine; may take a minute.

@@ -71,6 +71,7 @@ class BochsTarget:
 
     name = "bochs"
     boots = True
+    patience = 4.0
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -175,7 +176,14 @@ class BochsTarget:
         )
         console = Console(place.console)
         keys = Keys(self._images.keys)
-        host = Host(machine, name=name, evidence=evidence, console=console, keys=keys)
+        host = Host(
+            machine,
+            name=name,
+            evidence=evidence,
+            console=console,
+            keys=keys,
+            patience=self.patience,
+        )
         try:
             deadline = time.monotonic() + _BOOT_TIMEOUT_S
             # Not by trying to log in, which would give a booting host more to do.

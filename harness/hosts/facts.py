@@ -13,7 +13,10 @@ from harness.hosts.seen import Nature, Seen, look_at
 from harness.hosts.ssh import Shell
 from harness.paths import GUEST_IMAGES
 
-__all__ = ["facts_of", "processor_here", "version_in"]
+__all__ = ["NO_QEMU", "facts_of", "processor_here", "version_in"]
+
+NO_QEMU = "none"
+"""The version of a QEMU that is not there."""
 
 _LOOK_TIMEOUT_S = 60.0
 
@@ -41,7 +44,7 @@ def facts_of(
     :raises InfraError: the host cannot be looked at.
     """
     seen = look_at(lambda command: host.run(command, check=False, timeout_s=_LOOK_TIMEOUT_S))
-    guest_qemu = _qemu_version(host, qemu) if qemu else "none"
+    guest_qemu = _qemu_version(host, qemu) if qemu else NO_QEMU
     base = below or seen
     extension = seen.extension or "no virtualisation"
     if emulator:

@@ -70,11 +70,13 @@ class Host(Shell):
         console: Console,
         keys: Keys,
         files: str = "/opt",
+        patience: float = 1.0,
     ) -> None:
         """For targets. The machine belongs to the host from now on; nothing is dialled yet.
 
         :param name: for messages.
         :param evidence: the directory with the logs of this host.
+        :param patience: of its target; see :class:`harness.hosts.base.Target`.
         :param files: where our programs are in the host: ``qemu/`` and ``guest/``.
         """
         super().__init__(f"host {name}")
@@ -83,6 +85,7 @@ class Host(Shell):
         self.console = console
         self.keys = keys
         self.files = files
+        self.patience = patience
         self._machine = machine
         self._login_lock = threading.Lock()
         self._connection: paramiko.Transport | None = None

@@ -39,7 +39,6 @@ __all__ = ["EMULATOR", "KERNEL_OPTIONS", "TemplateTarget", "emulator_version"]
 EMULATOR = "qemu-system-x86_64"
 
 _START_TIMEOUT_S = 20.0
-_BOOT_TIMEOUT_S = 120.0
 _RESTORE_TIMEOUT_S = 30.0
 
 # How often a host is booted until it is fit to be saved.
@@ -104,6 +103,7 @@ class TemplateTarget:
 
     name = ""
     boots = True
+    patience = 1.0
     must_save = True
     """Whether a machine that cannot be saved and restored is an error; else each is booted."""
 
@@ -209,7 +209,7 @@ class TemplateTarget:
         emulator = Emulator.start(self._arguments(place, self._options()), place)
         with self._host(emulator, template.directory) as host:
             emulator.open(timeout_s=_START_TIMEOUT_S)
-            self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
+            self._wait_up(host, timeout_s=self.settings.boot_s)
             _warm_up(host)
             if not self.fit(host):
                 return False
@@ -289,7 +289,7 @@ class TemplateTarget:
         try:
             emulator.open(timeout_s=_START_TIMEOUT_S)
             if cold:
-                self._wait_up(host, timeout_s=_BOOT_TIMEOUT_S)
+                self._wait_up(host, timeout_s=self.settings.boot_s)
             else:
                 emulator.restore(template.state)
                 self._wait_up(host, timeout_s=_RESTORE_TIMEOUT_S)

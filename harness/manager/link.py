@@ -74,7 +74,8 @@ class AgentLink:
         return number
 
     def wait(self, number: int, *, what: str, timeout_s: float) -> Any:
-        """Wait for the answer to a request that was sent."""
+        """Wait for the answer to a request that was sent; longer where the host is slow."""
+        timeout_s *= self._host.patience
         with self._changed:
             self._changed.wait_for(
                 lambda: number in self._answers or self._ended is not None, timeout_s

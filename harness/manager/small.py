@@ -103,7 +103,7 @@ class SmallManager:
         name = self.new_name("tool")
         address, port = self.host.tool_address(listener.port)
         fd = self.link.call("connect", name=name, host=address, port=port, timeout_s=10)
-        return name, fd, listener.accept(timeout_s=10)
+        return name, fd, listener.accept(timeout_s=10 * self.host.patience)
 
     def socketpair(self, *, kind: str = "stream") -> tuple[str, int]:
         """Make a local socket (name, number); its other end is called NAME.peer."""

@@ -119,6 +119,7 @@ class Worker:
         self._session = session
         self._beat: Beat | None = None
         self._stacks: Any = None
+        self._target_patience: float | None = None
 
     # -- life of the process
 
@@ -259,6 +260,19 @@ class Worker:
 
     # -- limits
 
+    def _patience(self) -> float:
+        """How many times longer than usual tests may take on the run's target."""
+        if self._target_patience is None:
+            from harness.hosts import target_for
+            from harness.plugin.inputs import load_run_settings
+
+            config = self._session.config
+            settings = load_run_settings(
+                self._session.run_dir, target=config.getoption("--kvmi-target")
+            )
+            self._target_patience = target_for(settings).patience
+        return self._target_patience
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_timeout_set_timer(self, item: pytest.Item, settings: Any) -> bool | None:
         """Limit a test of ours by an exception in it, and end this worker if that fails.
@@ -269,7 +283,7 @@ class Worker:
         state = item.stash.get(_STATE, None)
         if state is None or threading.current_thread() is not threading.main_thread():
             return None
-        limit_s: float = settings.timeout
+        limit_s: float = settings.timeout * self._patience()
 
         def expired(_number: int, _frame: types.FrameType | None) -> None:
             __tracebackhide__ = True

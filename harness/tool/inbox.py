@@ -60,6 +60,7 @@ class Inbox:
         answer: Callable[..., None],
         on_event: Handler | None,
         log_limit: int,
+        patience: float = 1.0,
     ) -> None:
         self.codec = codec
         self.log: deque[Message] = deque(maxlen=log_limit)
@@ -74,6 +75,7 @@ class Inbox:
         self.reader: threading.Thread | None = None
         self._channel = channel
         self._slot = slot
+        self._patience = patience
         self._answer = answer
         self._on_event = on_event
         self._changed = threading.Condition()
@@ -273,6 +275,7 @@ class Inbox:
         :raises HarnessError: a problem that nobody met yet.
         """
         before = self.received
+        timeout_s *= self._patience
 
         def found_or_ended() -> T | None:
             found = ready()

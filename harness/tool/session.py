@@ -54,6 +54,8 @@ class Session:
     :param first_seq: seq of the first command; well above the kernel's event seqs by default, so
         that a kernel that mixes them up is noticed.
     :param send_timeout_s: how long the peer may take to read what is sent.
+    :param patience: how many times longer than said the peer may take; see
+        :class:`harness.hosts.base.Target`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Session:
         log_limit: int = 20_000,
         first_seq: int = 1_000_000,
         send_timeout_s: float = 10,
+        patience: float = 1.0,
     ) -> None:
         self.profile = profile or load_profile()
         self.codec = Codec(self.profile)
@@ -86,6 +89,7 @@ class Session:
             answer=self.answer,
             on_event=on_event,
             log_limit=log_limit,
+            patience=patience,
         )
         self._wire = Wire(
             sock,
@@ -94,7 +98,7 @@ class Session:
             on_end=self._inbox.end,
             on_send=self._sending,
             on_problem=self._inbox.problem,
-            send_timeout_s=send_timeout_s,
+            send_timeout_s=send_timeout_s * patience,
         )
         self._inbox.reader = self._wire.reader
         self._wire.start()

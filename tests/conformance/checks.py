@@ -49,8 +49,9 @@ class Message(NamedTuple):
 class RawTool:
     """A tool that writes and reads bytes itself, for tests of the message layer."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, patience: float = 1.0) -> None:
         self.socket = sock
+        self._patience = patience
 
     def send(self, id: int, payload: bytes = b"", *, seq: int, size: int | None = None) -> None:
         """Send one message in one go."""
@@ -58,7 +59,7 @@ class RawTool:
 
     def receive(self, *, timeout_s: float = 5.0) -> Message:
         """Receive one message."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s * self._patience
         header = read_exactly(self.socket, HEADER.size, deadline=deadline, what="message header")
         id, size, seq = HEADER.unpack(header)
         payload = read_exactly(self.socket, size, deadline=deadline, what="message payload")
@@ -76,10 +77,9 @@ class RawTool:
 
     def ended(self, *, timeout_s: float = 5.0) -> None:
         """Check that the kernel closed the socket without another byte."""
+        deadline = time.monotonic() + timeout_s * self._patience
         try:
-            data = read_exactly(
-                self.socket, 1, deadline=time.monotonic() + timeout_s, what="end of stream"
-            )
+            data = read_exactly(self.socket, 1, deadline=deadline, what="end of stream")
         except SessionClosed:
             return
         raise ConformanceError(f"expected the end of the stream, got the byte {data.hex()}")

@@ -58,6 +58,7 @@ class Lab:
             profile=self.profile,
             transcript=self._transcript,
             counters_slot=self._counters,
+            patience=self.manager.host.patience,
             name=f"session {next(self._numbers)}",
         )
         self._open.append(session)
@@ -83,7 +84,7 @@ class Lab:
             assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
         else:
             assert vm.hook(fd) == "OK"
-        raw = RawTool(sock)
+        raw = RawTool(sock, patience=self.manager.host.patience)
         self._open.append(raw)
         return raw
 

@@ -15,11 +15,20 @@ import pytest
 
 from harness.abi import Profile
 from harness.counters import SlotWriter, attach
-from harness.hosts import Host
+from harness.hosts import Host, Target
+from harness.hosts.facts import NO_QEMU
+from harness.plugin import skip_clause
 from harness.plugin.beat import COUNTERS
 from harness.plugin.options import Session
 
 from .stage import Stage
+
+
+@pytest.fixture(autouse=True)
+def _guests(target: Target) -> None:
+    """Skip the tests on targets whose hosts cannot run guests of this kind."""
+    if target.facts().guest_qemu == NO_QEMU:
+        skip_clause(f"hosts of target {target.name} have no QEMU; the other targets show it")
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ class Host:
 class Target:
     name = "fake"
     boots = True
+    patience = 1.0
     started = []
     fail = None
 

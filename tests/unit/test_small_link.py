@@ -75,6 +75,8 @@ class _Process:
 class _ThisMachine:
     """This machine in the part of a host."""
 
+    patience = 1.0
+
     def __init__(self) -> None:
         self.processes: list[_Process] = []
 
