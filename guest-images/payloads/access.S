@@ -79,7 +79,7 @@ pop_flags:				# flags from (rdi); answers what they are then
 	movq	%rbp, %rsp
 	pushfq
 	popq	%rax
-	pushq	$2
+	pushq	$0x202
 	popfq
 	ret
 port_out:				# one byte from (rsi) to port 0x99

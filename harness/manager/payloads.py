@@ -225,7 +225,8 @@ class Machine:
             else:
                 label = {1: "on_debug", 3: "on_breakpoint"}.get(vector, "on_fault")
                 target = self.linear(label if label in symbols else "on_fault")
-            access = 0xEE if vector == 3 else 0x8E  # int3 from any ring
+            # Trap gates, which leave interrupts enabled in the handlers; int3 from any ring.
+            access = 0xEF if vector == 3 else 0x8F
             table += struct.pack(
                 "<HHBBHII", target & 0xFFFF, 8, 0, access, target >> 16 & 0xFFFF, target >> 32, 0
             )
