@@ -141,6 +141,7 @@ class SmallManager:
         memory_kb: int = 256,
         slots: Sequence[Slot] = (),
         flags: int = 0,
+        memory: Iterable[tuple[int, bytes]] = (),
     ) -> SmallVm:
         """Make a VM that does not run yet.
 
@@ -148,6 +149,7 @@ class SmallManager:
             then uninitialised until they get INIT and SIPI.
         :param memory_kb: size of slot 0, which begins at address 0.
         :param slots: further memory slots. :param flags: those of slot 0.
+        :param memory: what to put where, beside the payload and what it needs.
         """
         if vcpus > MAX_VCPUS:
             raise ValueError(f"at most {MAX_VCPUS} vCPUs")
@@ -163,7 +165,7 @@ class SmallManager:
             vm=name,
             irqchip=irqchip,
             slots=[slot.record() for slot in all_slots],
-            memory=encode(machine.memory()),
+            memory=encode([*machine.memory(), *memory]),
             vcpus=[machine.state(index) for index in range(vcpus)],
         )
         return SmallVm(self, name, machine, fd=created["fd"], statistics=created["statistics"])

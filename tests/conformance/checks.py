@@ -7,8 +7,8 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from harness.abi import Profile
 from harness.errors import ConformanceError, SessionClosed
@@ -22,6 +22,7 @@ __all__ = [
     "ALWAYS_ALLOWED",
     "Message",
     "RawTool",
+    "all_fail",
     "allowed_commands",
     "allowed_events",
     "continues",
@@ -77,9 +78,13 @@ class RawTool:
 
     def ended(self, *, timeout_s: float = 5.0) -> None:
         """Check that the kernel closed the socket without another byte."""
-        deadline = time.monotonic() + timeout_s * self._patience
         try:
-            data = read_exactly(self.socket, 1, deadline=deadline, what="end of stream")
+            data = read_exactly(
+                self.socket,
+                1,
+                deadline=time.monotonic() + timeout_s * self._patience,
+                what="end of stream",
+            )
         except SessionClosed:
             return
         raise ConformanceError(f"expected the end of the stream, got the byte {data.hex()}")
@@ -106,40 +111,50 @@ def silent(session: Session, *, vcpus: Iterable[int] = ()) -> None:
     Not by waiting: everything the kernel had to send before it answered GET_VERSION, or a
     command that a vCPU handles itself, is in the stream before that answer.
     """
-    for vcpu in vcpus:
-        session.command("VCPU_GET_INFO", vcpu=vcpu).ok()
+    pending = [session.send("VCPU_GET_INFO", vcpu=vcpu) for vcpu in vcpus]
+    for one in pending:
+        one.reply(10).ok()
     continues(session)
     session.no_event(within_s=0)
 
 
+def all_fail(
+    session: Session, command: str, error: str, wrongs: Iterable[Mapping[str, Any]]
+) -> None:
+    """Check that a command fails like that with each of these fields; sends them in one go."""
+    pending = [session.send(command, **wrong) for wrong in wrongs]
+    for one in pending:
+        one.reply(10).fails(error)
+
+
+def _errors(session: Session, command: str, names: Iterable[str]) -> dict[str, str | None]:
+    """By name: what a query for it answers."""
+    pending = {name: session.send(command, id=name) for name in names}
+    return {name: one.reply(10).error for name, one in pending.items()}
+
+
 def supported_commands(session: Session, profile: Profile) -> set[str]:
     """Names of the commands that this kernel has."""
-    return {
-        name
-        for name in profile.commands
-        if session.command("VM_CHECK_COMMAND", id=name).error != "KVM_ENOENT"
-    }
+    errors = _errors(session, "VM_CHECK_COMMAND", profile.commands)
+    return {name for name, error in errors.items() if error != "KVM_ENOENT"}
 
 
 def allowed_commands(session: Session, profile: Profile) -> set[str]:
     """Names of the commands that VM_CHECK_COMMAND calls usable now."""
-    return {
-        name for name in profile.commands if session.command("VM_CHECK_COMMAND", id=name).err == 0
-    }
+    errors = _errors(session, "VM_CHECK_COMMAND", profile.commands)
+    return {name for name, error in errors.items() if error is None}
 
 
 def supported_events(session: Session, profile: Profile) -> set[str]:
     """Names of the events that this kernel has."""
-    return {
-        name
-        for name in profile.events
-        if session.command("VM_CHECK_EVENT", id=name).error != "KVM_ENOENT"
-    }
+    errors = _errors(session, "VM_CHECK_EVENT", profile.events)
+    return {name for name, error in errors.items() if error != "KVM_ENOENT"}
 
 
 def allowed_events(session: Session, profile: Profile) -> set[str]:
     """Names of the events that VM_CHECK_EVENT calls usable now."""
-    return {name for name in profile.events if session.command("VM_CHECK_EVENT", id=name).err == 0}
+    errors = _errors(session, "VM_CHECK_EVENT", profile.events)
+    return {name for name, error in errors.items() if error is None}
 
 
 def requires(session: Session, *, command: str = "", event: str = "") -> None:

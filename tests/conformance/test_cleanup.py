@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 from causes import LSTAR, select_cr, select_msr
-from checks import continues, enable, ends_dead, next_event_of, requires, silent, supported_events
+from checks import (
+    all_fail,
+    continues,
+    enable,
+    ends_dead,
+    next_event_of,
+    requires,
+    silent,
+    supported_events,
+)
 from lab import Lab
 
 from harness.abi import Profile
@@ -160,8 +169,7 @@ def test_wrong_arguments(lab: Lab, profile: Profile) -> None:
     values: list[dict[str, Any]] = [{"enable": value} for value in (2, 3, 0x80, 0xFF)]
     values += [{"enable": 0, **wrong}
                for wrong in session.codec.wrong_paddings("VM_CONTROL_CLEANUP")]  # fmt: skip
-    for wrong in values:
-        session.command("VM_CONTROL_CLEANUP", **wrong).fails("KVM_EINVAL")
+    all_fail(session, "VM_CONTROL_CLEANUP", "KVM_EINVAL", values)
     continues(session)
     assert vm.unhook() == "OK"
     assert _intercepted(vm) == set()

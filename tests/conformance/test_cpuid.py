@@ -7,7 +7,7 @@ import struct
 
 import pytest
 from causes import CR4_OSXSAVE, CR4_PAE
-from checks import requires
+from checks import all_fail, requires
 from lab import Lab
 from userspace import CpuidEntry, get_cpuid, set_cpuid
 
@@ -91,6 +91,6 @@ def test_no_such_leaf(lab: Lab) -> None:
     entries = [entry for entry in get_cpuid(vm) if entry.function >> 28 != 4]
     set_cpuid(vm, [*entries, *MARKS])
     vm.run()
-    for function, index in NOT_THERE:
-        session.command("VCPU_GET_CPUID", function=function, index=index).fails("KVM_ENOENT")
+    wrongs = [{"function": function, "index": index} for function, index in NOT_THERE]
+    all_fail(session, "VCPU_GET_CPUID", "KVM_ENOENT", wrongs)
     assert _asked(session, 0x20, 2) == (0x20, 0x21, 0x22, 0x23)

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from causes import CR4_DE, CR4_PAE, pair_for, select_cr
-from checks import continues, enable, next_event_of, silent
+from checks import all_fail, continues, enable, next_event_of, silent
 from lab import Lab
 from userspace import debug, set_special
 
-from harness.manager.payloads import ALIAS, FREE, PDPT, PML4, SREGS
+from harness.manager.payloads import ALIAS, FREE, PAGE_DIRECTORY, PDPT, PML4, SREGS
 from harness.manager.smallvm import SmallVm
 from harness.tool import EventMessage, Session
 
@@ -49,11 +50,12 @@ SAME = {0: [("set_cr0", CR0), ("clear_ts", 0), ("set_msw", CR0 & 0xF)], 3: [("se
 
 def _vm(lab: Lab, **wanted: Any) -> tuple[SmallVm, Session]:
     """A guest with three sets of page tables; in the second one nothing is at ALIAS."""
-    vm, session = pair_for(lab, "CR", **wanted)
-    vm.write(OTHER_TABLES, (FREE + 0x2000 | 7).to_bytes(8, "little"))
-    vm.write(FREE + 0x2000, vm.read(PDPT, 8))
-    vm.write(THIRD_TABLES, vm.read(PML4, 8))
-    return vm, session
+    memory = [
+        (OTHER_TABLES, struct.pack("<Q", FREE + 0x2000 | 7)),
+        (FREE + 0x2000, struct.pack("<Q", PAGE_DIRECTORY | 7)),
+        (THIRD_TABLES, struct.pack("<Q", PDPT | 7)),
+    ]
+    return pair_for(lab, "CR", memory=memory, **wanted)
 
 
 def _watch(session: Session, cr: int, *, vcpu: int = 0) -> None:
@@ -63,11 +65,13 @@ def _watch(session: Session, cr: int, *, vcpu: int = 0) -> None:
 
 def _changes(vm: SmallVm, *, but: int | None = None, vcpu: int = 0) -> None:
     """Let the guest change every control register but one, with nobody in its way."""
+    calls, values = [], []
     for cr, (first, changes) in CHANGES.items():
         if cr != but:
             routine, operand, value = changes[0]
-            assert vm.perform(routine, operand, vcpu=vcpu)["result"] == value
-            assert vm.perform(f"set_cr{cr}", first, vcpu=vcpu)["result"] == first
+            calls += [(routine, operand, 0), (f"set_cr{cr}", first, 0)]
+            values += [value, first]
+    assert [words["result"] for words in vm.perform_all(*calls, vcpu=vcpu)] == values
 
 
 def _event(session: Session, cr: int, old: int, new: int, *, vcpu: int = 0) -> EventMessage:
@@ -192,9 +196,9 @@ def test_wrong_register(lab: Lab) -> None:
     """A register other than 0, 3 and 4 answers KVM_EINVAL, for selecting and deselecting."""
     vm, session = _vm(lab)
     enable(session, "CR")
-    for cr in (1, 2, 5, 6, 7, 8, 9, 16, 32 + 3, 64, 128 + 4, 255):
-        for on in (1, 0):
-            session.command("VCPU_CONTROL_CR", cr=cr, enable=on).fails("KVM_EINVAL")
+    wrongs = [{"cr": cr, "enable": on} for on in (1, 0)
+              for cr in (1, 2, 5, 6, 7, 8, 9, 16, 32 + 3, 64, 128 + 4, 255)]  # fmt: skip
+    all_fail(session, "VCPU_CONTROL_CR", "KVM_EINVAL", wrongs)
     _changes(vm)
     silent(session, vcpus=[0])
 
@@ -204,17 +208,15 @@ def test_wrong_arguments(lab: Lab) -> None:
     """enable above 1 and any byte of padding answer KVM_EINVAL, and neither select nor deselect."""
     vm, session = _vm(lab)
     enable(session, "CR")
-    values: list[dict[str, Any]] = [{"enable": value} for value in (2, 3, 0x80, 0xFF)]
+    values: list[dict[str, Any]] = [{"cr": 3, "enable": value} for value in (2, 3, 0x80, 0xFF)]
     for enabling in (1, 0):
-        values += [{"enable": enabling, **wrong}
+        values += [{"cr": 3, "enable": enabling, **wrong}
                    for wrong in session.codec.wrong_paddings("VCPU_CONTROL_CR")]  # fmt: skip
-    for wrong in values:
-        session.command("VCPU_CONTROL_CR", cr=3, **wrong).fails("KVM_EINVAL")
+    all_fail(session, "VCPU_CONTROL_CR", "KVM_EINVAL", values)
     assert vm.perform("set_cr3", OTHER_TABLES)["result"] == OTHER_TABLES
     silent(session, vcpus=[0])
     select_cr(session, 3)
-    for wrong in values:
-        session.command("VCPU_CONTROL_CR", cr=3, **wrong).fails("KVM_EINVAL")
+    all_fail(session, "VCPU_CONTROL_CR", "KVM_EINVAL", values)
     vm.order("set_cr3", PML4)
     session.answer(_event(session, 3, OTHER_TABLES, PML4))
     vm.finish()

@@ -7,8 +7,8 @@ import struct
 import time
 
 import pytest
-from causes import cause, pair_for
-from checks import continues, enable, next_event_of, requires, silent
+from causes import can_come, cause, pair_for
+from checks import all_fail, continues, enable, next_event_of, requires, silent
 from lab import Lab
 
 from harness.manager.payloads import MAILBOX_WORDS, STACK_STEP, STACKS, mailbox
@@ -83,7 +83,7 @@ def test_inject_in_event(lab: Lab, name: str) -> None:
     """During another event the injection is accepted; it takes effect once that is answered."""
     vm, session = pair_for(lab, "TRAP")
     if name != "PAUSE":
-        requires(session, event=name)
+        can_come(lab, vm, session, name)
         event = cause(vm, session, name)
     else:
         session.command("VM_PAUSE_VCPU", wait=1).ok()
@@ -335,8 +335,9 @@ def test_disallowed(lab: Lab) -> None:
 def test_padding(lab: Lab) -> None:
     """Each byte of padding, of header and command, answers KVM_EINVAL and injects nothing."""
     vm, session = pair_for(lab, "TRAP")
-    for wrong in session.codec.wrong_paddings("VCPU_INJECT_EXCEPTION"):
-        session.command("VCPU_INJECT_EXCEPTION", nr=INVALID_OPCODE, **wrong).fails("KVM_EINVAL")
+    wrongs = [{"nr": INVALID_OPCODE, **wrong}
+              for wrong in session.codec.wrong_paddings("VCPU_INJECT_EXCEPTION")]  # fmt: skip
+    all_fail(session, "VCPU_INJECT_EXCEPTION", "KVM_EINVAL", wrongs)
     vm.progresses()
     silent(session, vcpus=[0])
     assert vm.word("faults") == 0

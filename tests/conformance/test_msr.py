@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from causes import LSTAR, pair_for, select_msr
-from checks import continues, enable, next_event_of, silent
+from checks import all_fail, continues, enable, next_event_of, silent
 from lab import Lab
 from userspace import reject_msr_writes
 
@@ -82,10 +82,11 @@ def test_other_registers(lab: Lab, msr: int) -> None:
     _watch(session, msr, vcpu=1)
     # On the other vCPU: that of the same place in the other range.
     _watch(session, msr ^ 0xC000_0000, vcpu=0)
-    for other, (value, *_) in MSRS.items():
-        _write(vm, other, value)
-        if other != msr:
-            _write(vm, other, value, vcpu=1)
+    for vcpu in (0, 1):
+        others = {other: value for other, (value, *_) in MSRS.items() if vcpu == 0 or other != msr}
+        calls = [("set_msr", other, value) for other, value in others.items()]
+        done = vm.perform_all(*calls, vcpu=vcpu)
+        assert [words["result"] for words in done] == list(others.values())
     old = vm.perform("get_msr", msr, vcpu=1)["result"]
     silent(session, vcpus=[0, 1])
     vm.order("set_msr", msr, MSRS[msr][1], vcpu=1)
@@ -97,8 +98,7 @@ def test_other_registers(lab: Lab, msr: int) -> None:
 def test_several_registers(lab: Lab) -> None:
     """Many can be selected at a time; selecting one twice yields one event for a change."""
     vm, session = pair_for(lab, "MSR")
-    for msr, (_, value, _) in MSRS.items():
-        _write(vm, msr, value)
+    vm.perform_all(*(("set_msr", msr, value) for msr, (_, value, _) in MSRS.items()))
     for msr in (*MSRS, *EDGES, LSTAR):
         _watch(session, msr)
     for msr, (value, old, _) in MSRS.items():
@@ -160,8 +160,8 @@ def test_range(lab: Lab) -> None:
     for on in (1, 0):
         for msr in EDGES:
             session.command("VCPU_CONTROL_MSR", msr=msr, enable=on).ok()
-        for msr in OUTSIDE:
-            session.command("VCPU_CONTROL_MSR", msr=msr, enable=on).fails("KVM_EINVAL")
+        wrongs = [{"msr": msr, "enable": on} for msr in OUTSIDE]
+        all_fail(session, "VCPU_CONTROL_MSR", "KVM_EINVAL", wrongs)
     _write(vm, LSTAR, 5)
     silent(session, vcpus=[0])
 
@@ -171,17 +171,15 @@ def test_wrong_arguments(lab: Lab) -> None:
     """enable above 1 and any byte of padding answer KVM_EINVAL, and neither select nor deselect."""
     vm, session = pair_for(lab, "MSR")
     enable(session, "MSR")
-    values: list[dict[str, Any]] = [{"enable": value} for value in (2, 3, 0x80, 0xFF)]
+    values: list[dict[str, Any]] = [{"msr": LSTAR, "enable": on} for on in (2, 3, 0x80, 0xFF)]
     for enabling in (1, 0):
-        values += [{"enable": enabling, **wrong}
+        values += [{"msr": LSTAR, "enable": enabling, **wrong}
                    for wrong in session.codec.wrong_paddings("VCPU_CONTROL_MSR")]  # fmt: skip
-    for wrong in values:
-        session.command("VCPU_CONTROL_MSR", msr=LSTAR, **wrong).fails("KVM_EINVAL")
+    all_fail(session, "VCPU_CONTROL_MSR", "KVM_EINVAL", values)
     _write(vm, LSTAR, 5)
     silent(session, vcpus=[0])
     select_msr(session, LSTAR)
-    for wrong in values:
-        session.command("VCPU_CONTROL_MSR", msr=LSTAR, **wrong).fails("KVM_EINVAL")
+    all_fail(session, "VCPU_CONTROL_MSR", "KVM_EINVAL", values)
     vm.order("set_msr", LSTAR, 6)
     session.answer(_event(session, LSTAR, 5, 6))
     vm.finish()

@@ -25,9 +25,10 @@ def _variable(number: int, base: int, size: int, kind: int) -> dict[int, int]:
 
 def _types(session: Session, addresses: dict[int, int], *, vcpu: int = 0) -> None:
     """Check the type of each address; the reply is that byte and seven of padding."""
-    for gpa, kind in addresses.items():
-        raw = session.command("VCPU_GET_MTRR_TYPE", vcpu=vcpu, gpa=gpa).ok().raw
-        assert raw[8:] == bytes([kind]) + bytes(7), f"{gpa:#x}: {raw[8:].hex()}"
+    pending = {gpa: session.send("VCPU_GET_MTRR_TYPE", vcpu=vcpu, gpa=gpa) for gpa in addresses}
+    for gpa, one in pending.items():
+        raw = one.reply(10).ok().raw
+        assert raw[8:] == bytes([addresses[gpa]]) + bytes(7), f"{gpa:#x}: {raw[8:].hex()}"
 
 
 def _with(lab: Lab, msrs: dict[int, int]) -> tuple[SmallVm, Session]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from causes import CAUSES, cause, pair_for, went_on
-from checks import continues, requires, silent
+from checks import all_fail, continues, requires, silent
 from lab import Lab
 
 from harness.abi import load_clauses
@@ -71,12 +71,10 @@ def test_padding(lab: Lab, name: str) -> None:
     vm, session = lab.pair()
     requires(session, command=name)
     fields = COMMANDS[name][1]
-    for byte in range(2):
-        session.command(name, **fields, hdr_padding1=0x80 << 8 * byte).fails("KVM_EINVAL")
-    for byte in range(4):
-        session.command(name, **fields, hdr_padding2=0x80 << 8 * byte).fails("KVM_EINVAL")
-    for wrong in session.codec.wrong_paddings(name):
-        session.command(name, **fields, **wrong).fails("KVM_EINVAL")
+    wrongs = [*session.codec.wrong_paddings(name)]
+    wrongs += [{"hdr_padding1": 0x80 << 8 * byte} for byte in range(2)]
+    wrongs += [{"hdr_padding2": 0x80 << 8 * byte} for byte in range(4)]
+    all_fail(session, name, "KVM_EINVAL", [fields | wrong for wrong in wrongs])
     vm.wait_word("done", vm.call_out(1))  # an event, had CONTROL_EVENTS had an effect
     assert vm.word("faults") == 0
     silent(session, vcpus=[0])
@@ -88,8 +86,9 @@ def test_index(lab: Lab, name: str) -> None:
     """An index that is not below the number of vCPUs makes a vCPU command answer KVM_EINVAL."""
     _, session = lab.pair(vcpus=2)
     requires(session, command=name)
-    for index in (2, 3, 0x100, 0x8000, 0xFFFF):
-        session.command(name, **COMMANDS[name][1], vcpu=index).fails("KVM_EINVAL")
+    fields = COMMANDS[name][1]
+    wrongs = [{**fields, "vcpu": index} for index in (2, 3, 0x100, 0x8000, 0xFFFF)]
+    all_fail(session, name, "KVM_EINVAL", wrongs)
     session.command("VCPU_GET_INFO", vcpu=1).ok()
     continues(session)
 
@@ -101,8 +100,7 @@ def test_not_ready(lab: Lab, name: str) -> None:
     vm, session = lab.pair(vcpus=2, irqchip=True)
     requires(session, command=name)
     vm.progresses(vcpu=0)
-    for _ in range(3):
-        session.command(name, **COMMANDS[name][1], vcpu=1).fails("KVM_EAGAIN")
+    all_fail(session, name, "KVM_EAGAIN", [{**COMMANDS[name][1], "vcpu": 1}] * 3)
     session.command("VCPU_GET_INFO", vcpu=0).ok()
     vm.stands_still(vcpu=1)
     continues(session)
