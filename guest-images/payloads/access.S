@@ -86,6 +86,10 @@ port_out:				# one byte from (rsi) to port 0x99
 	movl	$0x99, %edx
 	outsb
 	ret
+port_in:				# one byte from port 0x99 to (rdi)
+	movl	$0x99, %edx
+	insb
+	ret
 
 # --- What it cannot do.
 

@@ -335,49 +335,44 @@ def test_page_tables(lab: Lab, allowed: int) -> None:
     assert vm.word("faults") == 0
 
 
-@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE")
-def test_string_output(lab: Lab) -> None:
-    """What KVM reads for an instruction that it carries out itself is the guest's access too."""
-    vm, session = access_pair(lab)
-    vm.write(FREE, b"\x5a")
-    restrict(session, X, FREE)
-    vm.order("port_out", 0, linear(vm, FREE))
-    event, seen = next_access(session)
-    assert seen.where == (R, FREE)
-    session.answer(event)
-    found = vm.wait_exit()
-    assert (found.reason, found.io) == ("IO", {"out": True, "port": PORT, "data": "5a"})
-    vm.run()
-    vm.finish()
-    silent(session, vcpus=[0])
+DEVICE = 0x18_0000
+"""An address without memory: accesses to it are the device manager's."""
 
 
 @pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE")
-@pytest.mark.parametrize("into", ["device", "memory"])
-def test_move_with_a_device(lab: Lab, into: str) -> None:
-    """The same for a move between a restricted page and a device's memory."""
+@pytest.mark.parametrize("routine", ["port_out", "port_in", "to_device", "from_device"])
+def test_accesses_of_the_emulator(lab: Lab, routine: str) -> None:
+    """What KVM reads or writes for an instruction that it has to carry out is an access, too.
+
+    The port or the device sees one access, whatever the tool was asked for.
+    """
     vm, session = access_pair(lab)
-    device = 0x18_0000
-    vm.write(FREE, b"\x5a")
+    trace = Trace(session)
+    memory, device = linear(vm, FREE), linear(vm, DEVICE)
+    out = {"out": True, "port": PORT, "data": "5a"}
+    expected = {
+        "port_out": ("port_out", 0, memory, R, {"io": out}),
+        "port_in": ("port_in", memory, 0, W, {"io": out | {"out": False, "data": "00"}}),
+        "to_device": (
+            "move_byte", device, memory, R,
+            {"mmio": {"gpa": DEVICE, "write": True, "data": "5a"}},
+        ),
+        "from_device": (
+            "move_byte", memory, device, W,
+            {"mmio": {"gpa": DEVICE, "write": False, "data": "00"}},
+        ),
+    }  # fmt: skip
+    label, first, second, bit, seen_outside = expected[routine]
     restrict(session, X, FREE)
-    if into == "device":
-        vm.order("move_byte", linear(vm, device), linear(vm, FREE))
-        event, seen = next_access(session)
-        assert seen.where == (R, FREE)
-        session.answer(event)
-        assert vm.wait_exit().mmio == {"gpa": device, "write": True, "data": "5a"}
+    for _ in range(2):
+        vm.write(FREE, b"\x5a")
+        vm.order(label, first, second)
+        found = vm.wait_exit()
+        assert {name: getattr(found, name) for name in seen_outside} == seen_outside
         vm.run()
-    else:
-        # The tool is asked first: what a device gave cannot be read again.
-        vm.order("move_byte", linear(vm, FREE), linear(vm, device))
-        event, seen = next_access(session)
-        assert seen.where == (W, FREE)
-        session.answer(event)
-        assert vm.wait_exit().mmio == {"gpa": device, "write": False, "data": "00"}
-        assert vm.read(FREE, 1) == b"\x5a"
-        vm.run()
-    vm.finish()
-    assert vm.read(FREE, 1) == (b"\x5a" if into == "device" else b"\0")
+        vm.finish()
+        assert _where(trace.take()) == [(bit, FREE)]
+        assert vm.read(FREE, 1) == (b"\x5a" if bit == R else b"\0")
     silent(session, vcpus=[0])
 
 
