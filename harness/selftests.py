@@ -18,6 +18,7 @@ What differs is run again, on both, before it is called a difference.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import queue
 import re
@@ -212,7 +213,8 @@ class _Runner:
         except DeadlineError:
             verdict, detail, fit = "timeout", f"not done in {DEADLINE_S:.0f} s", False
         except (ConformanceError, InfraError) as error:
-            verdict, detail, output, fit = "lost", _anonymous(error.message), str(error), False
+            # Its message has the host's name in it; what the kernel said is a complaint.
+            verdict, detail, output, fit = "lost", type(error).__name__, str(error), False
         complaints = tuple(
             dict.fromkeys(_anonymous(one.line) for one in complaints_in(host.console.since(mark)))
         )
@@ -228,9 +230,16 @@ class _Runner:
         if self._host is None:
             self._started += 1
             name = f"{kernel.name}-{self._number}-{self._started}"
-            self._host = kernel.target.start(
-                name=name, evidence=self._evidence / name, without_options=kernel.without
+            start = functools.partial(
+                kernel.target.start,
+                name=name,
+                evidence=self._evidence / name,
+                without_options=kernel.without,
             )
+            try:
+                self._host = start()
+            except DeadlineError:
+                self._host = start()  # a machine that was busy for a while
             self._kernel = kernel.name
         return self._host
 
@@ -398,12 +407,15 @@ def _save(comparison: Comparison, text: str, place: Path) -> None:
 
 def summary(comparison: Comparison) -> str:
     """The comparison as text: differences first, then what each verdict rests on."""
+    from harness.plugin.inputs import machine_record
+
     facts = comparison.series
     lines = [
         f"KVM selftests of {comparison.source}",
         f"  without: {comparison.base.kernel_release}",
         f"  with:    {facts.kernel_release} ({facts.kernel_series})",
         f"  on:      {facts.virtualisation}",
+        *filter(None, [machine_record(facts).caution]),
         "",
     ]
     verdicts = sorted({name for kernel in TITLES for name in comparison.count(kernel)})

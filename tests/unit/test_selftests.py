@@ -55,6 +55,7 @@ def test_the_same_failure_is_no_difference() -> None:
     assert not same.differences(ON)
     assert not same.unequal()
     assert "Failing without the series too: 1" in summary(same)
+    assert "nothing here was seen on hardware" in summary(same)
 
 
 def test_a_lasting_difference_is_told_with_both_sides() -> None:
