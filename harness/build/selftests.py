@@ -102,8 +102,6 @@ def build_selftests(settings: Settings) -> Selftests:
             run(tree.src, f"O={headers}", "headers")
             run(
                 tree.src / _PLACE,
-                # What a program of this architecture cannot be linked without is reported
-                # by those that are missing, below.
                 "ARCH=x86",
                 f"OUTPUT={objects}",
                 f"KHDR_INCLUDES=-isystem {headers / 'usr/include'}",
