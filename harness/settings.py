@@ -62,11 +62,20 @@ class Settings:
     """Memory of each host, in MiB."""
     host_cpus: _Count = 2
     """CPUs of each host."""
+    boot_s: _Seconds = 120.0
+    """How long a host may take to boot, in seconds."""
     bochs: Literal["debian", "built"] = "debian"
     """For target ``bochs``: Debian's package, or a newer one that is built from source and
     three times as fast."""
     quiet_s: _Seconds = 2.0
     """How long a host stays under watch after each sequence, in seconds."""
+
+
+_FLAVOURS: dict[str, dict[str, Any]] = {
+    # Checkers keep books about all memory, and look at each access to it.
+    "debug": {"host_memory_mb": 2048, "boot_s": 900.0},
+}
+"""Defaults of a flavour, where they are not those of all."""
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Settings, include_extras=True)
@@ -88,6 +97,8 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
     given = {key: value for key, value in overrides.items() if value is not None}
     values |= _checked(given, where=_OPTIONS, base=Path.cwd())
     values.setdefault("reports", Path.cwd() / Settings.reports)
+    for key, value in _FLAVOURS.get(values.get("flavour", ""), {}).items():
+        values.setdefault(key, value)
     memory_mb = values.get("host_memory_mb", Settings.host_memory_mb)
     values.setdefault("workers", fitting_workers(memory_mb))
     return Settings(**values)

@@ -27,6 +27,7 @@ from harness.hosts.console import Console, complaints_in
 from harness.hosts.emulator import Emulator, Place, option_value
 from harness.hosts.facts import version_in
 from harness.hosts.host import Host
+from harness.hosts.leaks import forget_leaks
 from harness.hosts.ssh import Keys
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class TemplateTarget:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        if settings.flavour == "debug":
+            self.patience *= 4.0  # what watches each access takes its time
         self._kernel: KernelBuild | None = None
         self._images: Images | None = None
         self._keys: Keys | None = None
@@ -211,6 +214,7 @@ class TemplateTarget:
             emulator.open(timeout_s=_START_TIMEOUT_S)
             self._wait_up(host, timeout_s=self.settings.boot_s)
             _warm_up(host)
+            forget_leaks(host)
             if not self.fit(host):
                 return False
             assert self._kernel is not None

@@ -122,7 +122,9 @@ def _lend(
     state.leases.append(lease)
     yield lease.pooled.host
     try:
-        state.settle(lease, quiet_s=settings.quiet_s)
+        # Takes seconds, so once: at the end of all that this worker does.
+        leaks = state.last and settings.flavour == "debug"
+        state.settle(lease, quiet_s=settings.quiet_s, leaks=leaks)
     finally:
         state.leases.remove(lease)
 

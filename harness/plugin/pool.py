@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import ConformanceError, HarnessError
+from harness.hosts.leaks import find_leaks
 from harness.plugin.classify import HostsGivenUp
 
 if TYPE_CHECKING:
@@ -102,17 +103,20 @@ class Lease:
         """What the host's kernel said since the test began."""
         return self.pooled.host.console.since(self._mark)
 
-    def finish(self, *, failed: bool, quiet_s: float) -> None:
+    def finish(self, *, failed: bool, quiet_s: float, leaks: bool = False) -> None:
         """Judge the host and give it back.
 
         :param failed: the test failed: the host is not reused, for what the test left on it.
         :param quiet_s: how long the host of a good test stays under watch.
+        :param leaks: ask its kernel for memory that it lost, in whichever test it was.
         :raises ConformanceError: its kernel complained, or crashed during the test.
         :raises LostHostError: it went away otherwise.
         """
         __tracebackhide__ = True
         try:
             self._watch(0.0 if failed else quiet_s)
+            if leaks and not failed:
+                self._look_for_leaks()
         except HarnessError as error:
             self.pooled.spoil(error.message)
             raise
@@ -122,6 +126,17 @@ class Lease:
             self.pooled.last_test = self._test
             if self._fresh:
                 self.pooled.close()
+
+    def _look_for_leaks(self) -> None:
+        __tracebackhide__ = True
+        host = self.pooled.host
+        if leaks := find_leaks(host):
+            first = leaks.partition("\n")[0]
+            raise ConformanceError(
+                f"the kernel of host {host.name} lost memory: {first}",
+                hint="in any test on this host; the traces of the allocations are in the details",
+                details=leaks,
+            )
 
     def _watch(self, quiet_s: float) -> None:
         __tracebackhide__ = True

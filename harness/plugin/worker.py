@@ -59,6 +59,8 @@ class TestState:
     seen: dict[str, str] = field(default_factory=dict)
     skips: dict[str, str] = field(default_factory=dict)
     extra_evidence: dict[str, str] = field(default_factory=dict)
+    last: bool = False
+    """No test comes after this one in this process."""
     threads: frozenset[threading.Thread] = frozenset()
     run_dir: Path = Path()
     tellers: dict[str, Callable[[], str]] = field(default_factory=dict)
@@ -87,11 +89,15 @@ class TestState:
                 text = f"cannot be told: {type(error).__name__}: {error}"
             self.save(f"{name}.txt", text)
 
-    def settle(self, lease: Lease, *, quiet_s: float) -> None:
-        """End the use of a host: keep its kernel's words, and judge it."""
+    def settle(self, lease: Lease, *, quiet_s: float, leaks: bool = False) -> None:
+        """End the use of a host: keep its kernel's words, and judge it.
+
+        :param leaks: ask its kernel for memory that it lost.
+        """
         __tracebackhide__ = True
         try:
-            lease.finish(failed=self.failed, quiet_s=quiet_s if self.facts.lifecycle else 0.0)
+            watched_s = quiet_s if self.facts.lifecycle else 0.0
+            lease.finish(failed=self.failed, quiet_s=watched_s, leaks=leaks)
         finally:
             with contextlib.suppress(Exception):
                 self.save("kernel_log.txt", lease.kernel_log())
@@ -156,7 +162,9 @@ class Worker:
     # -- one test
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, Any, Any]:
         """Gather a test's state from before its set-up until after its tear-down."""
         facts = facts_of(item)
         if facts is None:
@@ -168,6 +176,7 @@ class Worker:
             facts=facts,
             evidence=self._session.run_dir / "evidence" / evidence_name(item.nodeid),
             started=utc_now(),
+            last=nextitem is None,
             threads=frozenset(threading.enumerate()),
             run_dir=self._session.run_dir,
             counts=self.beat().counts(),
