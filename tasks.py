@@ -66,7 +66,9 @@ _OPTIONS = {
     "flavour": "kernel configuration fragment on top of base",
     "kernel": "a bzImage that was built elsewhere, instead of the series",
     "reports": "directory of the reports",
-    "select": "only these clauses (patterns), test files, or an expression of pytest -k",
+    "select": "only these clauses (patterns), tests, or pytest's -k expression; of fuzz: a case",
+    "messages": "so many messages, at least",
+    "sequences": "so many sequences of ioctls, at least",
     "repeat": "run each test so many times, until one is not good",
     "run": "directory of the run (default: the latest)",
     "which": "kernel or qemu",
@@ -77,7 +79,7 @@ _OPTIONS = {
     "samples": "of each kind in each round",
     "vcpus": "how many raise events at the same time",
     "apart": "give the answering program a CPU of its own",
-    "seed": "of the order in each round",
+    "seed": "of the order in each round; of fuzz: any text (default: a new one)",
     "only": "these kinds, separated by blanks",
     "days": "keep what was used in so many days",
 }
@@ -401,11 +403,47 @@ def bench_events(
     return bench_events(settings, options)
 
 
+@_task()
+def fuzz(
+    _context: Context,
+    *,
+    seed: str | None = None,
+    messages: int | None = None,
+    sequences: int | None = None,
+    select: str | None = None,
+    target: str | None = None,
+    ssh_host: str | None = None,
+    workers: str | None = None,
+    kernel_series: str | None = None,
+    qemu_series: str | None = None,
+    flavour: str | None = None,
+    kernel: str | None = None,
+    reports: str | None = None,
+) -> int:
+    """Attack the kernel with wrong, random and badly timed messages and ioctls."""
+    from harness.fuzz.run import fuzz as run
+
+    settings = _ready(
+        target=target,
+        ssh_host=ssh_host,
+        workers=workers,
+        kernel_series=kernel_series,
+        qemu_series=qemu_series,
+        flavour=flavour,
+        kernel=kernel,
+        reports=reports,
+    )
+    wanted = {"messages": messages, "sequences": sequences}
+    numbers = {name: int(value) for name, value in wanted.items() if value is not None}
+    return run(settings, seed=seed, select=select, **numbers)
+
+
 namespace = Collection(
     doctor,
     conform,
     report,
     mutants,
+    fuzz,
     selftests,
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
     bench=Collection(bench_events),

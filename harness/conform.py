@@ -92,18 +92,29 @@ def conform(
     exception after the first test began.
     """
     arguments = selection(select, suites)
-    run_dir = new_run_dir(settings.reports)
-    rerun = _rerun(settings)
-    settings, choice = settled(settings)
-    note(f"Target {choice.target}: {choice.reason}")
+    settings, run_dir = prepare_run(settings, task="conform", select=select or "", repeat=repeat)
     workers = settings.workers
-    _prepare(
-        settings, run_dir, select=select or "", repeat=repeat, chosen=choice.reason, rerun=rerun
-    )
     note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
     if repeat > 1:
         arguments += [f"--kvmi-repeat={repeat}", "-x"]
     return run_suite(run_dir, [f"-n{workers}", *arguments])
+
+
+def prepare_run(
+    settings: Settings, *, task: str, options: str = "", select: str = "", repeat: int = 1
+) -> tuple[Settings, Path]:
+    """Choose the target, build, and make the target and the directory of a run ready.
+
+    :param task: of ``inv``, whose run it is. :param options: that start such a run again.
+    :returns: the settings with the target in them, and the directory, for :func:`run_suite`.
+    :raises HarnessError: as :func:`conform`, before anything was run.
+    """
+    run_dir = new_run_dir(settings.reports)
+    rerun = _rerun(settings, task) + options
+    settings, choice = settled(settings)
+    note(f"Target {choice.target}: {choice.reason}")
+    _prepare(settings, run_dir, select=select, repeat=repeat, chosen=choice.reason, rerun=rerun)
+    return settings, run_dir
 
 
 def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -> int:
@@ -234,10 +245,10 @@ def _system() -> str:
     return platform.platform()
 
 
-def _rerun(settings: Settings) -> str:
+def _rerun(settings: Settings, task: str) -> str:
     """The command that starts such a run again; ``--select`` can be added to it."""
-    command = "inv conform"
-    if "TOX_ENV_NAME" in os.environ:
+    command = f"inv {task}"
+    if task == "conform" and "TOX_ENV_NAME" in os.environ:
         command = "python3 -m tox run -e conform --"
     usual = load_settings()
     for name in ("target", "ssh_host", "kernel_series", "qemu_series", "flavour", "kernel"):

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Cases run on one host, and held against what is promised."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.abi import Codec, Profile
+from harness.errors import ConformanceError, HarnessError, InfraError
+from harness.fuzz.calls import CallCases
+from harness.fuzz.executor import Executor
+from harness.fuzz.expect import Rules
+from harness.fuzz.judge import judge
+from harness.fuzz.messages import MessageCases, Session
+from harness.fuzz.plan import MESSAGES_PER_CASE, Batch
+from harness.fuzz.tell import tell
+from harness.fuzz.wire import Arg, Mode, Op, Outcome, Sock, Streamed
+
+if TYPE_CHECKING:
+    from harness.hosts import Host
+
+__all__ = ["Figures", "Fuzzer"]
+
+_DEADLINE_S = 20.0
+_TOGETHER = {"messages": 1, "calls": 25}
+
+
+@dataclass
+class Figures:
+    """What a batch amounted to."""
+
+    batch: str = ""
+    cases: int = 0
+    sessions: int = 0
+    messages: int = 0
+    events: int = 0
+    calls: int = 0
+    restarts: int = 0
+    """vCPUs that had gone astray and were started again."""
+    seconds: float = 0.0
+
+
+class Fuzzer:
+    """Runs cases on a host, whose kernel it asks what it can do."""
+
+    def __init__(self, host: Host, *, profile: Profile, cache: Path) -> None:
+        self.profile = profile
+        self._codec = Codec(profile)
+        self.executor = Executor(
+            host, profile=profile, cache=cache, deadline_s=_DEADLINE_S * host.patience
+        )
+        self.rules = self._ask()
+
+    @property
+    def alive(self) -> bool:
+        """Whether more cases can be run."""
+        return self.executor.alive
+
+    def close(self) -> None:
+        """End the executor in the host."""
+        self.executor.close()
+
+    def run(self, batch: Batch, *, seed: str) -> Figures:
+        """Run the cases of a batch.
+
+        :raises ConformanceError: the kernel broke a promise, does not come back, or died; the
+            message names the case, and the details tell it.
+        """
+        make = self._maker(batch, seed)
+        numbers = range(batch.first, batch.first + batch.count)
+        figures = Figures(str(batch))
+        start = time.monotonic()
+        try:
+            cases = ((number, make(number)) for number in numbers)
+            for (number, ops), outcome in self.executor.run(cases, together=_TOGETHER[batch.kind]):
+                _count(figures, ops, outcome)
+                faults = judge(self.profile, ops, outcome)
+                if faults:
+                    case = Batch(batch.kind, number, 1)
+                    raise self._failure(case, seed, ops, faults, outcome)
+        except HarnessError as error:
+            if not error.hint and (suspects := self.executor.under_way):
+                some = Batch(batch.kind, suspects[0][0], len(suspects))
+                error.hint = f"run {_repeat(some, seed)}"
+                error.details += self._suspects(batch)
+            raise
+        figures.seconds = round(time.monotonic() - start, 3)
+        return figures
+
+    def _maker(self, batch: Batch, seed: str) -> Callable[[int], Sequence[Op]]:
+        if batch.kind == "messages":
+            return MessageCases(self.profile, self.rules, seed=seed, size=MESSAGES_PER_CASE).case
+        return CallCases(self.profile, seed=seed).case
+
+    def _failure(
+        self, case: Batch, seed: str, ops: Sequence[Op], faults: Sequence[str], outcome: Outcome
+    ) -> ConformanceError:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        first = faults[0].partition("\n")[0]
+        return ConformanceError(
+            f"case {case} of seed {seed!r}: {first}{more}",
+            hint=f"run {_repeat(case, seed)}",
+            details="\n".join(faults) + "\n\n" + tell(self.profile, ops, outcome),
+        )
+
+    def _suspects(self, batch: Batch) -> str:
+        """The cases one of which ran when the host was lost."""
+        return "".join(
+            f"\n\ncase {batch.kind}-{number}:\n{tell(self.profile, ops)}"
+            for number, ops in self.executor.under_way
+        )
+
+    # -- what the kernel can do
+
+    def _ask(self) -> Rules:
+        """Ask which commands and events there are, by the commands that are always allowed."""
+        commands: list[int] = []
+        events: list[int] = []
+        asked: list[tuple[int, list[int]]] = []
+        frames = []
+        for name, ids, found in (
+            ("VM_CHECK_COMMAND", [c.id for c in self.profile.commands.values()], commands),
+            ("VM_CHECK_EVENT", [e.id for e in self.profile.events.values()], events),
+        ):
+            for id in ids:
+                command, payload = self._codec.encode_command(name, id=id)
+                frames.append(self._codec.frame(command, payload, len(asked)))
+                asked.append((id, found))
+        hook, argument = self._codec.encode_ioctl("HOOK", fd=0)
+        ops = [
+            Op.vm(0, 0),
+            Op.sock(0, Sock.UNIX_STREAM),
+            Op.ioctl(0, hook, argument, arg=Arg.OURS),
+            Op.stream(0, frames, Mode.REPLIES, expected=len(asked)),
+        ]
+        for _case, outcome in self.executor.run([(0, ops)]):
+            stream = outcome.lanes[0][-1]
+            assert isinstance(stream, Streamed)
+            if len(stream.replies) != len(asked):
+                raise InfraError(
+                    f"VM_CHECK_COMMAND and VM_CHECK_EVENT gave {len(stream.replies)} answers to "
+                    f"{len(asked)} questions"
+                )
+            absent = -self.profile.errno["KVM_ENOENT"]
+            for reply in stream.replies:
+                id, found = asked[reply.seq]
+                if int.from_bytes(reply.head[:4], "little", signed=True) != absent:
+                    found.append(id)
+        return Rules(self.profile, commands=frozenset(commands), events=frozenset(events))
+
+
+def _repeat(cases: Batch, seed: str) -> str:
+    return f"inv fuzz --seed {shlex.quote(seed)} --select {cases}"
+
+
+def _count(figures: Figures, ops: Iterable[Op], outcome: Outcome) -> None:
+    figures.cases += 1
+    figures.restarts += outcome.restarts
+    for op in ops:
+        if isinstance(op.expect, Session):
+            figures.sessions += 1
+            figures.messages += len(op.expect.sent) + bool(op.expect.tail)
+        elif op.kind.name == "IOCTL":
+            figures.calls += 1
+    for results in outcome.lanes.values():
+        for result in results:
+            if isinstance(result, Streamed):
+                figures.events += result.events
