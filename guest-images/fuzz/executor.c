@@ -232,7 +232,7 @@ static void *run_vcpu(void *argument)
 			restore_memory(vcpu->vm);
 			reset_vcpu(vcpu);
 		}
-		usleep(1000);
+		usleep(3000);
 	}
 	vcpu->ended = true;
 	return NULL;

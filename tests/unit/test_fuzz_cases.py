@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_sequences_cover_the_ioctls(profile: Profile) -> None:
 # -- what is right
 
 
-def _judged(rules: Rules, name: str, *, allowed: bool = True, **fields: object) -> Sent:
+def _judged(rules: Rules, name: str, *, allowed: bool = True, **fields: Any) -> Sent:
     command = rules.profile.command(name)
     id, payload = Codec(rules.profile).encode_command(command, **fields)
     everything = rules.commands if allowed else frozenset[int]()
@@ -196,7 +197,7 @@ def test_faults_of_sessions(profile: Profile, rules: Rules) -> None:
 def test_ioctls_are_followed(profile: Profile) -> None:
     """What an ioctl may answer follows from what the ones before it answered."""
 
-    def call(name: str, arg: Arg = Arg.BYTES, **more: int) -> Op:
+    def call(name: str, arg: Arg = Arg.BYTES, **more: Any) -> Op:
         return Op.ioctl(0, 0, expect=Call(name, 0, arg, **more))
 
     ops = [
@@ -215,7 +216,7 @@ def test_ioctls_are_followed(profile: Profile) -> None:
 def test_a_case_can_be_told(profile: Profile, rules: Rules) -> None:
     """Any case can be shown to people, with and without results."""
     text = tell(profile, _messages(profile, rules).case(1))
-    assert "UNHOOK" not in text or text
+    assert "session: closes" in text
     assert "HOOK" in "".join(tell(profile, CallCases(profile, seed="x").case(n)) for n in range(5))
     op, session = _one_session(profile, rules)
     told = tell(profile, [op], _session_outcome(session))
