@@ -90,16 +90,23 @@ start_kernel:
 	movw	$SETUP_STACK, %sp
 	ljmp	$SETUP + 0x20, $0
 
-failed:	movw	$message, %si		# on the serial console, where somebody looks
-	movw	$0x3f8, %dx
-1:	lodsb
+failed:	movw	$0x3fb, %dx		# on the serial console, where somebody looks
+	movb	$3, %al			# 8 bits
+	outb	%al, %dx
+	movw	$message, %si
+1:	movw	$0x3fd, %dx
+2:	inb	%dx, %al		# until it takes a character
+	testb	$0x20, %al
+	jz	2b
+	lodsb
 	testb	%al, %al
-	jz	2f
+	jz	3f
+	movw	$0x3f8, %dx
 	outb	%al, %dx
 	jmp	1b
-2:	cli
+3:	cli
 	hlt
-	jmp	2b
+	jmp	3b
 
 message: .asciz	"boot loader: the medium cannot be read\r\n"
 drive:	.byte	0
