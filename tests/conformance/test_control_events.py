@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from causes import CR4_DE, CR4_OSXSAVE, CR4_PAE, LSTAR, cause, pair_for
 from checks import continues, enable, next_event_of, requires, silent, supported_events
@@ -10,6 +12,7 @@ from lab import Lab
 from userspace import debug
 
 from harness.abi import Profile
+from harness.errors import SilenceError
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import Session
@@ -81,12 +84,10 @@ def test_enable_and_disable(lab: Lab, name: str) -> None:
     vm.finish(vcpu=1)
     # What caused it goes on being selected, where that matters; only the event is off.
     enable(session, name, vcpu=1, on=False)
+    calls = [("set_cr4", CR4_PAE | CR4_DE | CR4_OSXSAVE, 0), ("set_xcr", 0, 1),
+             ("set_msr", LSTAR, 0x3000), ("store_idt", 0, 0)]  # fmt: skip
     for vcpu in (0, 1):
-        vm.perform("set_cr4", CR4_PAE | CR4_DE | CR4_OSXSAVE, vcpu=vcpu)
-        vm.perform("set_xcr", 0, 1, vcpu=vcpu)
-        vm.perform("set_msr", LSTAR, 0x3000, vcpu=vcpu)
-        words = vm.perform("store_idt", vcpu=vcpu)
-        assert words["faults"] == 0
+        assert vm.perform_all(*calls, vcpu=vcpu)[-1]["faults"] == 0
     silent(session, vcpus=[0, 1])
     session.answer(cause(vm, session, name, vcpu=1))
     vm.finish(vcpu=1)
@@ -218,23 +219,32 @@ def test_tool_owns_breakpoints(vm: SmallVm, session: Session) -> None:
 
 
 @pytest.mark.clause("VCPUCTLEVT-BP-EXCLUSIVE")
-def test_other_debugging(vm: SmallVm, session: Session) -> None:
+def test_other_debugging(lab: Lab, vm: SmallVm) -> None:
     """User space may use debug registers all the while, and gets what they stop at."""
+    vm.run()
+    vm.progresses()
+    vm.stop()
+    assert debug(vm, at=vm.machine.linear("done")) == "OK"
+    vm.run()
+    vm.call_out(1, kind=1)
+    with contextlib.suppress(SilenceError):
+        vm.wait_exit(timeout_s=0.5)
+    if vm.running():
+        skip_clause("this CPU overlooks debug registers of guests (QEMU's TCG does so)")
+    assert debug(vm) == "OK"
+    session = lab.hook(vm)
     vm.run()
     enable(session, "BREAKPOINT")
     vm.stop()
-    assert debug(vm, at=vm.machine.linear("on_breakpoint")) == "OK"
+    assert debug(vm, at=vm.machine.linear("done")) == "OK"
     vm.run()
     vm.call_out(1, kind=1)
-    event = next_event_of(session, "BREAKPOINT")
-    assert event.regs.rip == vm.machine.linear("breakpoint_site")
-    session.answer(event)
+    session.answer(next_event_of(session, "BREAKPOINT"))
     assert vm.wait_exit().reason == "DEBUG"
-    assert vm.word("traps") == 0
+    assert (vm.word("traps"), vm.word("done")) == (2, 1)
     assert debug(vm) == "OK"
     vm.run()
-    vm.wait_word("done", 1)
-    assert vm.word("traps") == 1
+    vm.wait_word("done", 2)
     silent(session, vcpus=[0])
 
 

@@ -105,7 +105,7 @@ def test_only_where_enabled(lab: Lab) -> None:
     """Without the event, before and after, and on another vCPU, the accesses just happen."""
     vm, session = pair_for(lab, "DESCRIPTOR", vcpus=2)
     enable(session, "DESCRIPTOR", vcpu=1)
-    for access in ACCESSES:
+    for access in ACCESSES[:2] + ACCESSES[-2:]:
         _order(vm, access)
         _done(vm, session, access)
     silent(session, vcpus=[0, 1])
@@ -114,7 +114,7 @@ def test_only_where_enabled(lab: Lab) -> None:
     session.answer(_event(session, store, vcpu=1))
     _done(vm, session, store, vcpu=1)
     enable(session, "DESCRIPTOR", vcpu=1, on=False)
-    for access in ACCESSES[:4]:
+    for access in ACCESSES[1:3]:
         _order(vm, access, vcpu=1)
         _done(vm, session, access, vcpu=1)
     silent(session, vcpus=[0, 1])
