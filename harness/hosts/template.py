@@ -40,7 +40,7 @@ __all__ = ["EMULATOR", "KERNEL_OPTIONS", "TemplateTarget", "emulator_version"]
 EMULATOR = "qemu-system-x86_64"
 
 _START_TIMEOUT_S = 20.0
-_RESTORE_TIMEOUT_S = 30.0
+_RESTORE_TIMEOUT_S = 60.0
 
 # How often a host is booted until it is fit to be saved.
 _BOOT_TRIES = 4
@@ -296,7 +296,7 @@ class TemplateTarget:
                 self._wait_up(host, timeout_s=self.settings.boot_s)
             else:
                 emulator.restore(template.state)
-                self._wait_up(host, timeout_s=_RESTORE_TIMEOUT_S)
+                self._wait_up(host, timeout_s=_RESTORE_TIMEOUT_S * self.patience)
                 # Its clock went on from when it was saved.
                 host.run(f"date -u -s @{time.time():.3f}")
         except BaseException:
