@@ -5,7 +5,7 @@
 
     values     ─▶ messages ─┐                        ┌─▶ judge (expect) ─▶ faults
                   calls    ─┴▶ wire ─▶ executor ─────┘
-                                        (in the host: guest-images/fuzz/executor.c)
+                                        (in the host: guest-images/fuzz)
 
 Cases are made here, from a seed, in bulk; they run in the host, without waiting for the
 network; their outcomes are judged here. A case depends on nothing but the seed and its number.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Executor", "build_executor"]
 
-_SOURCE = GUEST_IMAGES / "fuzz" / "executor.c"
+_SOURCES = GUEST_IMAGES / "fuzz"
 _PLACE = "/run/kvmi-fuzz"
 _AHEAD = 2
 """So many frames with cases are on their way: the executor never waits for us."""
@@ -53,16 +53,16 @@ def build_executor(cache: Path) -> Path:
     """
 
     def make(directory: Path) -> None:
-        argv = ["cc", "-static", "-O2", "-s", "-Wall", "-Wextra", "-pthread", "-o", "executor",
-                str(_SOURCE)]  # fmt: skip
+        options = ["-static", "-O2", "-s", "-Wall", "-Wextra", "-pthread", "-o", "executor"]
+        argv = ["cc", *options, *map(str, sorted(_SOURCES.glob("*.c")))]
         try:
             subprocess.run(argv, cwd=directory, capture_output=True, text=True, check=True)
         except FileNotFoundError as error:
-            raise BuildError(f"cannot compile {_SOURCE}: there is no cc") from error
+            raise BuildError(f"cannot compile {_SOURCES}: there is no cc") from error
         except subprocess.CalledProcessError as error:
-            raise BuildError(f"cc refuses {_SOURCE}", details=error.stderr) from error
+            raise BuildError(f"cc refuses {_SOURCES}", details=error.stderr) from error
 
-    return build_cache.entry("fuzz", {"source": _SOURCE}, make, root=cache) / "executor"
+    return build_cache.entry("fuzz", {"source": _SOURCES}, make, root=cache) / "executor"
 
 
 class Executor:

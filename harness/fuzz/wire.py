@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What goes to the executor in the host, and what comes back: bytes to values.
 
-The other end is ``guest-images/fuzz/executor.c``; its text says how frames are made.
+The other end is ``guest-images/fuzz``; its text says how frames are made.
 """
 
 from __future__ import annotations
