@@ -298,8 +298,9 @@ def test_off_at_the_end(lab: Lab, how: str) -> None:
     for _ in range(3):
         _step(session)
     if how == "unhook":
+        event = next_event_of(session, "SINGLESTEP")
         session.handle("SINGLESTEP", lambda _: "CONTINUE")
-        session.answer(next_event_of(session, "SINGLESTEP"))
+        session.answer(event)
         session.wait_count("SINGLESTEP", 10)
         session.handle("SINGLESTEP", None)
         next_event_of(session, "SINGLESTEP")
