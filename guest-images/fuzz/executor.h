@@ -32,6 +32,7 @@ enum { LANES = 4, VMS = 4, VCPUS = 4, SLOTS = 32, IMAGES = 16, FORMS = 64 };
 enum { /* records that come */
 	CONFIG = 1, IMAGE, FORM, CASE,
 	VM = 16, VMEND, RUN, STOP, SOCK, END, IOCTL, STREAM, PARAM, DELAY, MEMSLOT, FAIL, READY,
+	FORGET,
 };
 
 enum { /* records that go */
@@ -99,6 +100,7 @@ int stop_vcpu(struct vcpu *vcpu);
 int make_vm(struct vm *vm, const struct image *image, bool reuse);
 int close_vm(struct vm *vm);
 void park_vm(struct vm *vm);
+void forget_idle(void);
 int set_memory(struct vm *vm, uint32_t slot, uint32_t flags, uint64_t gpa, uint64_t size,
 	       uint64_t offset);
 

@@ -159,6 +159,13 @@ void park_vm(struct vm *vm)
 	vm->fd = -1;
 }
 
+void forget_idle(void)
+{
+	for (struct vm *vm = idle; vm < idle + IMAGES; vm++)
+		if (vm->fd >= 0)
+			release_vm(vm);
+}
+
 static bool take_idle(struct vm *vm, const struct image *image)
 {
 	struct vm *place = &idle[image - images];

@@ -136,6 +136,9 @@ static int do_simple(uint16_t kind, struct reader *from)
 	case PARAM:
 		parameter_off = true;
 		return set_parameter(u8(from));
+	case FORGET:
+		forget_idle();
+		return 0;
 	case READY:
 		ready = true;
 		return 0;

@@ -79,8 +79,9 @@ class Executor:
         host.put(_PLACE, build_executor(cache).read_bytes(), mode=0o755)
         with Listener() as listener:
             address, port = host.tool_address(listener.port)
-            self._process = host.spawn(f"exec {_PLACE} {address} {port}")
+            self._process = host.spawn(f"echo $$; exec {_PLACE} {address} {port}")
             try:
+                self.pid = int(self._process.stdout.readline(timeout_s=20 + deadline_s))
                 self._sock = listener.accept(20 + deadline_s)
             except BaseException:
                 self._process.close()

@@ -15,11 +15,12 @@ from harness.errors import ConformanceError, HarnessError, InfraError
 from harness.fuzz.calls import CallCases
 from harness.fuzz.executor import Executor
 from harness.fuzz.expect import Rules
+from harness.fuzz.holdings import look, wait_until_given_back
 from harness.fuzz.judge import judge
 from harness.fuzz.messages import MessageCases, Session
 from harness.fuzz.plan import MESSAGES_PER_CASE, Batch
 from harness.fuzz.tell import tell
-from harness.fuzz.wire import Arg, Mode, Op, Outcome, Sock, Streamed
+from harness.fuzz.wire import Arg, Kind, Mode, Op, Outcome, Sock, Streamed
 
 if TYPE_CHECKING:
     from harness.hosts import Host
@@ -54,7 +55,11 @@ class Fuzzer:
         self.executor = Executor(
             host, profile=profile, cache=cache, deadline_s=_DEADLINE_S * host.patience
         )
+        self._host = host
+        self._sessions = 0
         self.rules = self._ask()
+        self._forget()
+        self._base = look(host, pid=self.executor.pid)
 
     @property
     def alive(self) -> bool:
@@ -89,6 +94,7 @@ class Fuzzer:
                 error.hint = f"run {_repeat(some, seed)}"
                 error.details += self._suspects(batch)
             raise
+        self._given_back(figures)
         figures.seconds = round(time.monotonic() - start, 3)
         return figures
 
@@ -114,6 +120,19 @@ class Fuzzer:
             f"\n\ncase {batch.kind}-{number}:\n{tell(self.profile, ops)}"
             for number, ops in self.executor.under_way
         )
+
+    def _given_back(self, figures: Figures) -> None:
+        """See to it that what the sessions so far took was given back."""
+        self._sessions += figures.sessions or figures.cases
+        self._forget()
+        wait_until_given_back(
+            self._host, self._base, pid=self.executor.pid, sessions=self._sessions
+        )
+
+    def _forget(self) -> None:
+        """Close the virtual machines that wait for their next case."""
+        for _ in self.executor.run([(0, [Op(Kind.FORGET, b"")])]):
+            pass
 
     # -- what the kernel can do
 

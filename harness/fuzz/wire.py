@@ -38,9 +38,9 @@ class Kind(enum.IntEnum):
     """What a record asks for."""
 
     CONFIG, IMAGE, FORM, CASE = 1, 2, 3, 4
-    VM, VMEND, RUN, STOP, SOCK, END, IOCTL, STREAM, PARAM, DELAY, MEMSLOT, FAIL, READY = range(
-        16, 29
-    )
+    (
+        VM, VMEND, RUN, STOP, SOCK, END, IOCTL, STREAM, PARAM, DELAY, MEMSLOT, FAIL, READY, FORGET,
+    ) = range(16, 30)  # fmt: skip
 
 
 class Arg(enum.IntEnum):
