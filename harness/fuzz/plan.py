@@ -12,7 +12,7 @@ import msgspec
 
 from harness.errors import UsageError
 
-__all__ = ["MESSAGES_PER_CASE", "PLAN", "Batch", "Plan", "load_plan", "parse_case", "save_plan"]
+__all__ = ["MESSAGES_PER_CASE", "PLAN", "Batch", "Plan", "load_plan", "parse_cases", "save_plan"]
 
 PLAN = "fuzz.json"
 """The plan's file in the run's directory, for the workers."""
@@ -46,13 +46,13 @@ class Plan:
     """So many messages, at least."""
     sequences: int = 20_000
     """So many sequences of ioctls, at least."""
-    case: str = ""
+    cases: str = ""
     """Just this case, such as ``messages-17``, or some from there on: ``calls-25+5``."""
 
     def batches(self) -> list[Batch]:
         """What the tests run, the two kinds in turn: each finds other defects."""
-        if self.case:
-            return [parse_case(self.case)]
+        if self.cases:
+            return parse_cases(self.cases)
         wanted: dict[WhatKind, int] = {
             "messages": -(-self.messages // MESSAGES_PER_CASE),
             "calls": self.sequences,
@@ -65,19 +65,21 @@ class Plan:
         return [batch for _, batch in sorted(found, key=lambda one: one[0])]
 
 
-def parse_case(text: str) -> Batch:
-    """The case of that name, or the cases; also as part of a longer text.
+def parse_cases(text: str) -> list[Batch]:
+    """The cases whose names are in a text, such as names of tests.
 
-    :raises UsageError: it is none.
+    :raises UsageError: there is none.
     """
-    found = re.search(r"\b(messages|calls)-(\d+)(?:\+(\d+))?", text)
+    found = re.findall(r"\b(messages|calls)-(\d+)(?:\+(\d+))?", text)
     if not found:
         raise UsageError(
-            f"{text!r} is no case of the fuzzer",
+            f"{text!r} names no case of the fuzzer",
             hint="a case is called messages-17 or calls-17, ten of them calls-17+10",
         )
-    kind: WhatKind = "messages" if found[1] == "messages" else "calls"
-    return Batch(kind, int(found[2]), int(found[3] or 1))
+    return [
+        Batch("messages" if kind == "messages" else "calls", int(first), int(count or 1))
+        for kind, first, count in found
+    ]
 
 
 def save_plan(run_dir: Path, plan: Plan) -> None:

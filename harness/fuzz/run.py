@@ -13,7 +13,7 @@ import msgspec
 from harness.build.progress import note
 from harness.conform import prepare_run, run_suite
 from harness.fuzz.fuzzer import Figures
-from harness.fuzz.plan import Plan, save_plan
+from harness.fuzz.plan import Plan, parse_cases, save_plan
 
 if TYPE_CHECKING:
     from harness.settings import Settings
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "add_figures", "fuzz"]
 
 SUITE = "tests/fuzz"
+_AMOUNTS = {"": (200_000, 20_000), "bochs": (20_000, 2_000)}
+"""Messages and sequences of ioctls by target: Bochs has a tenth of the others' speed."""
 FIGURES = "fuzz.jsonl"
 """What each batch amounted to, in the run's directory."""
 
@@ -36,22 +38,27 @@ def fuzz(
     """Attack the kernel of the settings with wrong messages and ioctls.
 
     :param seed: any text; the same seed makes the same cases. A new one by default.
-    :param messages: at least so many. :param sequences: at least so many sequences of ioctls.
+    :param messages: at least so many; by default what a target does in some minutes.
+    :param sequences: the same of sequences of ioctls.
     :param select: only this case of the seed, such as ``messages-17``, or some from there on,
         ``calls-25+25``; also as part of a test's name.
     :returns: the exit code, as of :func:`harness.conform.conform`.
     :raises UsageError: there is no such case.
     """
-    given = {"messages": messages, "sequences": sequences, "case": select}
+    seed = seed or secrets.token_hex(4)
+    if select:
+        parse_cases(select)
+    again = f" --seed {shlex.quote(seed)}"
+    settings, run_dir = prepare_run(settings, task="fuzz", options=again, select=select or "")
+    many = _AMOUNTS.get(settings.target, _AMOUNTS[""])
     plan = Plan(
-        seed=seed or secrets.token_hex(4),
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        seed=seed,
+        messages=many[0] if messages is None else messages,
+        sequences=many[1] if sequences is None else sequences,
+        cases=select or "",
     )
-    batches = plan.batches()
-    again = f" --seed {shlex.quote(plan.seed)}"
-    settings, run_dir = prepare_run(settings, task="fuzz", options=again, select=plan.case)
     save_plan(run_dir, plan)
-    note(f"Fuzz with seed {plan.seed!r}, {len(batches)} batches: {run_dir}")
+    note(f"Fuzz with seed {seed!r}, {len(plan.batches())} batches: {run_dir}")
     code = run_suite(run_dir, [f"-n{settings.workers}", SUITE])
     _sum_up(run_dir, plan)
     return code

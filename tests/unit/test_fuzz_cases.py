@@ -256,11 +256,13 @@ def test_plans(tmp_path: Path) -> None:
     assert sum(b.count for b in batches if b.kind == "messages") * 200 >= 4001
     save_plan(tmp_path, plan)
     assert load_plan(tmp_path) == plan
-    assert Plan(seed="s", case="messages-17").batches() == [Batch("messages", 17, 1)]
+    assert Plan(seed="s", cases="messages-17").batches() == [Batch("messages", 17, 1)]
     name = "tests/fuzz/test_fuzz.py::test_batch[calls-25+5]"
-    assert Plan(seed="s", case=name).batches() == [Batch("calls", 25, 5)]
+    assert Plan(seed="s", cases=name).batches() == [Batch("calls", 25, 5)]
+    two = Plan(seed="s", cases="calls-1 messages-20+10").batches()
+    assert two == [Batch("calls", 1, 1), Batch("messages", 20, 10)]
     with pytest.raises(UsageError):
-        Plan(seed="s", case="all").batches()
+        Plan(seed="s", cases="all").batches()
 
 
 def test_what_is_not_given_back_is_noticed() -> None:
