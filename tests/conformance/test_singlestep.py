@@ -11,6 +11,7 @@ from checks import continues, enable, next_event_of, requires, silent
 from lab import Lab
 
 from harness.abi import load_clauses
+from harness.hosts import Target
 from harness.manager.payloads import FREE
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
@@ -21,6 +22,15 @@ KVM_INTERRUPT = 0x4004AE86
 VECTOR = 0x30
 ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 8, 12, 13, 14, 15]
 """The steps of the payload in the order in which they are executed."""
+
+
+@pytest.fixture
+def exact(target: Target) -> None:
+    """Skip where the emulated processor lets instructions pass without the exit after each."""
+    if "Bochs 2." in target.facts().virtualisation:
+        skip_clause(
+            "Bochs 2 does not look for the monitor trap flag after every VM entry, as Bochs 3 does"
+        )
 
 
 def _supported(session: Session) -> bool:
@@ -140,6 +150,7 @@ def test_not_ready(lab: Lab) -> None:
 # -- stepping
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.clause("SSTEP-ON")
 def test_each_instruction(lab: Lab) -> None:
     """After each instruction comes exactly one event, with the rip of the next."""
@@ -171,6 +182,7 @@ def test_held_after_each(lab: Lab) -> None:
     assert vm.word("done") == 1
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.clause("SSTEP-ON")
 def test_repeated_move(lab: Lab) -> None:
     """A repeated instruction may be stepped round by round; then comes the next one."""
@@ -186,6 +198,7 @@ def test_repeated_move(lab: Lab) -> None:
     assert (event.regs.rip, event.regs.rcx) == (end, 0)
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.clause("SSTEP-ON")
 @pytest.mark.parametrize(("label", "reason"), [("port", "IO"), ("halt", "HLT")])
 def test_exits_to_user_space(lab: Lab, label: str, reason: str) -> None:
@@ -361,6 +374,7 @@ def test_no_exception_while_stepping(lab: Lab) -> None:
     _runs_free(vm, session)
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.clause("SSTEP-ON", "EV-PF-CONTINUE")
 def test_restricted_page_while_stepping(lab: Lab) -> None:
     """A step on a restricted page has its PF event, and after that its own."""
