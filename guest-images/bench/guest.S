@@ -190,6 +190,7 @@ guest_pause:				/* the count changes only while this vCPU is held */
 	xor	%r10d, %r10d
 	BEGIN
 1:
+	pause
 	lfence
 	rdtsc
 	shl	$32, %rdx

@@ -653,7 +653,7 @@ static void set_registers(unsigned int index)
 	struct vcpu *v = &vcpus[index];
 	struct { uint16_t limit; uint64_t base; } __attribute__((packed)) idtr = { 0xfff, IDT };
 	struct kvm_regs regs = {
-		.rip = address_of(guest_start), .rflags = 2, .r15 = CONTROL(index),
+		.rip = address_of(guest_start), .rflags = 0x202, .r15 = CONTROL(index),
 		.rsp = CONTROL(index) + 0x1000,
 	};
 	struct kvm_sregs sregs;
@@ -871,8 +871,20 @@ static void measure_own(unsigned int warm)
 	printf("}]}\n");
 }
 
+/* Let whoever wakes up go before a vCPU that only waits in the guest, if they share a CPU. */
+static void give_way(bool on)
+{
+	struct sched_param none = { 0 };
+
+	for (unsigned int i = 0; i < vcpu_count; i++)
+		pthread_setschedparam(vcpus[i].thread, on ? SCHED_IDLE : SCHED_OTHER, &none);
+}
+
 static void measure(unsigned int warm)
 {
+	bool pause = kind->command == KVMI_VM_PAUSE_VCPU;
+
+	give_way(true);
 	counters_test(guest_tool.slot, kind->name);
 	for (unsigned int i = 0; i < vcpu_count; i++) {
 		set(i, C_ENTRY, address_of(kind->code));
@@ -886,12 +898,14 @@ static void measure(unsigned int warm)
 	}
 	for (unsigned int i = 0; i < vcpu_count; i++)
 		switch_events(i, true);
+	give_way(pause);
 	for (unsigned int i = 0; i < vcpu_count; i++)
 		set(i, C_GO, 1);
-	if (kind->command == KVMI_VM_PAUSE_VCPU)
+	if (pause)
 		pause_vcpus();
 	for (unsigned int i = 0; i < vcpu_count; i++)
 		wait_for(&vcpus[i].out);
+	give_way(true);
 	for (unsigned int i = 0; i < vcpu_count; i++)
 		switch_events(i, false);
 	for (unsigned int i = 0; i < vcpu_count; i++)
@@ -1015,10 +1029,10 @@ int main(int argc, char **argv)
 	} else {
 		vcpus[0].marks = calloc(MAX_SAMPLES, sizeof(*vcpus[0].marks));
 	}
-	printf("{\"vendor\": \"%s\", \"cpus\": %u, \"vcpus\": %u, \"tsc_khz\": %d, "
+	printf("{\"pid\": %d, \"vendor\": \"%s\", \"cpus\": %u, \"vcpus\": %u, \"tsc_khz\": %d, "
 	       "\"tsc_compares\": %s, \"apart\": %s, \"kernel_threads\": %u, "
 	       "\"version\": %u, \"singlestep\": %u, \"kinds\": {",
-	       amd ? "AMD" : "Intel", cpu_count, vcpu_count, tsc_khz,
+	       getpid(), amd ? "AMD" : "Intel", cpu_count, vcpu_count, tsc_khz,
 	       tsc_compares ? "true" : "false", apart ? "true" : "false", kernel_threads,
 	       version.version, version.features.singlestep);
 	for (unsigned int i = 0; i < sizeof(kinds) / sizeof(*kinds); i++)

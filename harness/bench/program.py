@@ -88,6 +88,8 @@ class KindFacts(msgspec.Struct, kw_only=True):
 class Facts(msgspec.Struct, kw_only=True):
     """What the program says about its host."""
 
+    pid: int
+    """Its process in the host."""
     vendor: str
     cpus: int
     vcpus: int
@@ -153,12 +155,16 @@ class Pipe(Protocol):
     def last_words(self) -> str:
         """What it wrote to its standard error."""
 
+    def kill(self, pid: int) -> None:
+        """End its process, which does not end by itself."""
+
     def close(self) -> None:
         """End its standard input."""
 
 
 class _InHost:
     def __init__(self, host: Host, command: str) -> None:
+        self._host = host
         self._process = host.spawn(command)
 
     def write(self, data: bytes) -> None:
@@ -169,6 +175,9 @@ class _InHost:
 
     def last_words(self) -> str:
         return self._process.read_stderr().decode(errors="replace").strip()
+
+    def kill(self, pid: int) -> None:
+        self._host.run(f"kill -9 {pid}", check=False)
 
     def close(self) -> None:
         self._process.close()
@@ -186,7 +195,14 @@ class Program:
         """
         self._pipe = pipe
         self._limit_s = limit_s
-        self.facts = self._receive(Facts)
+        self._facts: Facts | None = None
+        self._facts = self._receive(Facts)
+
+    @property
+    def facts(self) -> Facts:
+        """What it said when it started."""
+        assert self._facts is not None
+        return self._facts
 
     @classmethod
     def install(cls, host: Host, program: Path, *, counters: bytes) -> None:
@@ -210,7 +226,7 @@ class Program:
     def measure(self, kind: str, *, samples: int, warm: int) -> Block:
         """Have it take so many samples of a kind, after ``warm`` ones that do not count.
 
-        :raises Stopped: it could not, or not within its limit; it has ended.
+        :raises Stopped: it could not, or not in time; it has ended.
         :raises InfraError: it died, or the way to it is broken.
         """
         with contextlib.suppress(OSError):  # what it said before it ended tells more
@@ -224,10 +240,12 @@ class Program:
         try:
             line = self._pipe.readline(self._limit_s + _PATIENCE_S)
         except DeadlineError as error:
-            raise InfraError(
-                f"kvmi-bench said nothing for {self._limit_s + _PATIENCE_S:.0f} s",
-                hint="its process should have ended by itself: is the host's kernel alive?",
-            ) from error
+            overdue = f"silent for {self._limit_s + _PATIENCE_S:.0f} s"
+            if self._facts is None:
+                raise InfraError(f"kvmi-bench is {overdue} after its start") from error
+            # Its own limit is by the clock of its host, which may be slow where it is emulated.
+            self._pipe.kill(self._facts.pid)
+            raise Stopped(f"kvmi-bench was ended: {overdue}") from error
         if not line.endswith(b"\n"):
             raise InfraError(
                 "kvmi-bench ended in the middle of its work",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -43,18 +44,15 @@ class Local:
 
     def readline(self, timeout_s: float) -> bytes:
         assert self.process.stdout
-        overdue = threading.Timer(timeout_s, self.process.kill)
-        overdue.start()
-        try:
-            line = self.process.stdout.readline()
-        finally:
-            overdue.cancel()
-        if not line and self.process.poll() == -signal.SIGKILL and not overdue.is_alive():
+        if not select.select([self.process.stdout], [], [], timeout_s)[0]:
             raise DeadlineError("silence")
-        return line
+        return self.process.stdout.readline()
 
     def last_words(self) -> str:
         return ""
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         self.process.communicate(timeout=20)
@@ -187,6 +185,18 @@ def test_killed_in_the_middle(start: Callable[..., Program]) -> None:
         repeat(running, "own:msr")
 
 
+def test_silence(start: Callable[..., Program], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program whose own clock does not end it is ended by ours."""
+    running = start()
+    pipe = running._pipe
+    assert isinstance(pipe, Local)
+    monkeypatch.setattr("harness.bench.program._PATIENCE_S", -19.5)
+    os.kill(running.facts.pid, signal.SIGSTOP)
+    with pytest.raises(Stopped, match="silent"):
+        running.measure("own:msr", samples=1, warm=0)
+    assert pipe.process.wait(timeout=20) == -signal.SIGKILL
+
+
 def test_it_ends_with_its_standard_input(program: Path) -> None:
     """When we are killed, the program ends after the block that it is at."""
     reader, writer = os.pipe()
@@ -215,7 +225,7 @@ def test_order_is_random_and_repeats() -> None:
     from harness.bench.run import order_of
 
     facts = Facts(
-        vendor="AMD", cpus=2, vcpus=1, tsc_khz=1, tsc_compares=True, apart=False,
+        pid=7, vendor="AMD", cpus=2, vcpus=1, tsc_khz=1, tsc_compares=True, apart=False,
         kernel_threads=1, version=1, singlestep=0,
         kinds={
             name: KindFacts(events=[3], samples=9, error=-2 * (name == "cr3")) for name in KINDS

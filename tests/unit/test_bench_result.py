@@ -45,7 +45,7 @@ def result(*, emulated: bool = True, events: int | None = None) -> Result:
         "singlestep": KindFacts(events=[19], samples=9, missing_command=27, error=-95),
     }
     facts = Facts(
-        vendor="AMD", cpus=2, vcpus=1, tsc_khz=2_000_000, tsc_compares=True, apart=False,
+        pid=7, vendor="AMD", cpus=2, vcpus=1, tsc_khz=2_000_000, tsc_compares=True, apart=False,
         kernel_threads=1, version=1, singlestep=0, kinds=known,
     )  # fmt: skip
     blocks = [
