@@ -80,6 +80,7 @@ class Fuzzer:
         numbers = range(batch.first, batch.first + batch.count)
         figures = Figures(str(batch))
         start = time.monotonic()
+        faults: list[str] = []
         try:
             cases = ((number, make(number)) for number in numbers)
             for (number, ops), outcome in self.executor.run(cases, together=_TOGETHER[batch.kind]):
@@ -89,9 +90,9 @@ class Fuzzer:
                     case = Batch(batch.kind, number, 1)
                     raise self._failure(case, seed, ops, faults, outcome)
         except HarnessError as error:
-            if not error.hint and (suspects := self.executor.under_way):
+            if not faults and (suspects := self.executor.under_way):  # the host was lost
                 some = Batch(batch.kind, suspects[0][0], len(suspects))
-                error.hint = f"run {_repeat(some, seed)}"
+                error.hint = "; ".join(filter(None, (error.hint, f"run {_repeat(some, seed)}")))
                 error.details += self._suspects(batch)
             raise
         self._given_back(figures)
