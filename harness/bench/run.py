@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harness.abi import load_profile
-from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, NOT_THERE, OWN
+from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, OWN, not_there
 from harness.bench.program import Block, Facts, Program, Stopped, build
 from harness.bench.result import Result, make_result
 from harness.build.progress import Step, note, step
@@ -122,7 +122,7 @@ def bench_events(settings: Settings, options: Options) -> int:
                     host, limit_s=LIMIT_S, vcpus=options.vcpus, apart=options.apart
                 ),
                 options,
-                without=NOT_THERE.get(target.name, {}),
+                without=not_there(target.facts()),
                 keep=keep,
                 progress=progress,
                 after_round=lambda: _show_counters(host, run_dir),
