@@ -7,7 +7,7 @@
 
 	.include "layout.inc"
 	.code64
-	.globl	_start, on_breakpoint, on_fault
+	.globl	_start, call_site, on_breakpoint, on_fault
 
 	.set	TOUCHED, 0x40000	# pages of its own, harness/fuzz/images.py
 	.set	LSTAR, 0xc0000082
@@ -40,6 +40,7 @@ step_hypercall:
 	movl	$34, %eax
 	movl	$24, %edi
 	xorl	%esi, %esi
+call_site:
 	hypercall
 	jmp	step_end
 
