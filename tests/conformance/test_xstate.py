@@ -13,7 +13,6 @@ from userspace import get_xsave, set_xcr0
 
 from harness.manager.payloads import MAILBOX_WORDS, mailbox
 from harness.manager.smallvm import SmallVm
-from harness.plugin import skip_clause
 from harness.tool import EventMessage, Session
 
 CR4_OSFXSR = 0x600  # and OSXMMEXCPT
@@ -232,9 +231,3 @@ def test_refused(lab: Lab, at: int, data: bytes) -> None:
     wanted = _patched(_patched(_get(session), XMM0, OTHER[:16]), at, data)
     session.command("VCPU_SET_XSAVE", xsave=_record(wanted)).fails("KVM_EINVAL")
     assert _xmm(vm) == PATTERN
-
-
-@pytest.mark.clause("GETXSAVE-ENOMEM")
-def test_no_memory() -> None:
-    """VCPU_GET_XSAVE answers KVM_ENOMEM when the reply cannot be allocated."""
-    skip_clause("user space cannot make just this allocation fail; it needs fault injection")
