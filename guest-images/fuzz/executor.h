@@ -28,6 +28,7 @@
 #include "bytes.h"
 
 enum { LANES = 4, VMS = 4, VCPUS = 4, SLOTS = 32, IMAGES = 16, FORMS = 64 };
+enum { STOP_MS = 50 };
 
 enum { /* records that come */
 	CONFIG = 1, IMAGE, FORM, CASE,

@@ -71,13 +71,20 @@ int start_vcpu(struct vcpu *vcpu)
 	return 0;
 }
 
-/* The signal may come before the ioctl: ask until it is over. */
+/*
+ * The signal may come before the ioctl: ask until it is over. A vCPU that waits for the tool
+ * to answer an event does not come for a signal, only when the session ends: give up then.
+ */
 int stop_vcpu(struct vcpu *vcpu)
 {
+	uint64_t until = now_ms() + STOP_MS;
+
 	if (!vcpu->started)
 		return EBADF;
 	vcpu->stop = true;
 	while (!vcpu->ended) {
+		if (now_ms() > until)
+			return ETIMEDOUT;
 		vcpu->run->immediate_exit = 1;
 		pthread_kill(vcpu->thread, SIGUSR1);
 		usleep(200);
@@ -85,6 +92,15 @@ int stop_vcpu(struct vcpu *vcpu)
 	pthread_join(vcpu->thread, NULL);
 	vcpu->started = false;
 	return 0;
+}
+
+/* Whatever it waits for; only the kernel can keep us here. */
+static void end_vcpu(struct vcpu *vcpu)
+{
+	while (stop_vcpu(vcpu) == ETIMEDOUT) {
+		set_parameter(true);
+		ioctl(vcpu->vm->fd, unhook_request, 0);
+	}
 }
 
 static void release_vm(struct vm *vm)
@@ -106,7 +122,7 @@ int close_vm(struct vm *vm)
 	if (vm->fd < 0)
 		return EBADF;
 	for (unsigned int i = 0; i < vm->vcpus; i++)
-		stop_vcpu(&vm->vcpu[i]);
+		end_vcpu(&vm->vcpu[i]);
 	release_vm(vm);
 	return 0;
 }
@@ -143,7 +159,7 @@ void park_vm(struct vm *vm)
 	struct vm *place = &idle[vm->image - images];
 
 	for (unsigned int i = 0; i < vm->vcpus; i++)
-		stop_vcpu(&vm->vcpu[i]);
+		end_vcpu(&vm->vcpu[i]);
 	if (place->fd >= 0 || ++vm->uses > 50 || vm->image->irqchip) {
 		release_vm(vm);
 		return;
