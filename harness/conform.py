@@ -341,7 +341,8 @@ def _signals_as_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT, too: a shell lets jobs in the background ignore it, and pytest would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError):  # not in the main thread: leave them alone
             before[number] = signal.signal(number, interrupt)
     try:
