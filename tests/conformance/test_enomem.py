@@ -157,10 +157,15 @@ def test_failed_hooks_leak_nothing(lab: Lab) -> None:
         return [answer["errno"] for answer in answers[::2]]
 
     assert hook_often().count(errno.ENOMEM) >= 2
-    before = _objects(lab.manager)
-    hook_often()
-    grown = _objects(lab.manager) - before
-    assert grown < ROUNDS * 256, f"{grown} bytes more are in use"
+    # A leak grows every time; other parts of the kernel take more memory now and then.
+    grown = []
+    for _ in range(3):
+        before = _objects(lab.manager)
+        hook_often()
+        grown.append(_objects(lab.manager) - before)
+        if grown[-1] < ROUNDS * 256:
+            return
+    pytest.fail(f"{grown} bytes more are in use after {ROUNDS} rounds each")
 
 
 @pytest.mark.clause("GETREGS-ENOMEM")
