@@ -283,12 +283,22 @@ class Shell:
         raise InfraError(f"{self.what}: the SSH connection failed during `{doing}`: {text}")
 
     def _open(self, command: str, timeout_s: float) -> paramiko.Channel:
-        try:
-            channel = self._transport().open_session(_WINDOW, timeout=timeout_s)
-            channel.exec_command(self.preamble + command)
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            self._broken(command, error)
-        return channel
+        for last in (False, False, True):
+            transport: paramiko.Transport | None = None
+            try:
+                transport = self._transport()
+                channel = transport.open_session(_WINDOW, timeout=timeout_s)
+                channel.exec_command(self.preamble + command)
+                return channel
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                # The server of a small guest refuses a command now and then, without having
+                # started it, and takes the next one on the same connection.
+                refused = isinstance(error, paramiko.SSHException) and (
+                    transport is not None and transport.is_active()
+                )
+                if last or not refused:
+                    self._broken(command, error)
+        raise AssertionError("the last try returns or raises")
 
     def run(
         self, command: str, *, timeout_s: float = 30.0, check: bool = True, input: bytes = b""
