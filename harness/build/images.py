@@ -47,6 +47,7 @@ __all__ = [
     "build_keys",
     "libraries_of",
     "unpack_base",
+    "write_busybox",
 ]
 
 _HOST = GUEST_IMAGES / "host"
@@ -277,9 +278,8 @@ def _compile(source: Path, program: Path, *, log: Path) -> None:
     )
 
 
-def _write_initrd(archive: CpioWriter, *, system: Path, program: Path, keys: Path) -> None:
-    """Uncompressed: QEMU copies it into the guest's memory; unpacking it there costs more."""
-    archive.copy("init", _GUEST / "init")
+def write_busybox(archive: CpioWriter, system: Path) -> None:
+    """What every initramfs starts with: a console, places to mount on, and busybox."""
     # The kernel opens it for init before init can mount anything.
     archive.device("dev/console", major=5, minor=1)
     for name in ("proc", "sys", "run", "tmp"):
@@ -289,6 +289,12 @@ def _write_initrd(archive: CpioWriter, *, system: Path, program: Path, keys: Pat
     for applet in output_of([str(busybox), "--list"]).split():
         if applet != "busybox":
             archive.link(f"bin/{applet}", "busybox")
+
+
+def _write_initrd(archive: CpioWriter, *, system: Path, program: Path, keys: Path) -> None:
+    """Uncompressed: QEMU copies it into the guest's memory; unpacking it there costs more."""
+    archive.copy("init", _GUEST / "init")
+    write_busybox(archive, system)
     archive.copy("bin/kvmi-guest", program)
     archive.copy("bin/dropbear", system / "usr/sbin/dropbear")
     archive.copy(f"lib64/{LOADER}", system / LIBRARIES / LOADER)

@@ -21,8 +21,15 @@ from typing import TYPE_CHECKING
 
 from harness.build import cache, progress
 from harness.build.cpio import CpioWriter
-from harness.build.images import LIBRARIES, LOADER, build_base, libraries_of, unpack_base
-from harness.build.run import output_of, run_logged
+from harness.build.images import (
+    LIBRARIES,
+    LOADER,
+    build_base,
+    libraries_of,
+    unpack_base,
+    write_busybox,
+)
+from harness.build.run import run_logged
 from harness.errors import BuildError
 from harness.paths import GUEST_IMAGES
 
@@ -148,15 +155,7 @@ def _compile_library(system: Path, *, log: Path) -> None:
 
 def _write_system(archive: CpioWriter, *, system: Path, keys: Path) -> None:
     archive.file("init", (_SOURCES / "init").read_bytes(), mode=0o755)
-    # The kernel opens it for init before init can mount anything.
-    archive.device("dev/console", major=5, minor=1)
-    for name in ("proc", "sys", "run", "tmp"):
-        archive.directory(name)
-    busybox = system / "usr/bin/busybox"
-    archive.copy("bin/busybox", busybox)
-    for applet in output_of([str(busybox), "--list"]).split():
-        if applet != "busybox":
-            archive.link(f"bin/{applet}", "busybox")
+    write_busybox(archive, system)
     library = _library(system)
     python = system / "usr/bin" / library.name
     archive.copy("usr/bin/python3", python)
