@@ -134,11 +134,12 @@ class Vcpu:
         self.runs = 0
         self._stop = threading.Event()
 
-    def start(self) -> None:
+    def start(self, *, interrupt_window: bool) -> None:
         """Start the thread that stays in KVM_RUN until an exit or a stop."""
         if self.thread is not None and self.thread.is_alive():
             raise RuntimeError("this vCPU runs already")
         self._stop.clear()
+        self.page[0] = interrupt_window  # kvm_run.request_interrupt_window
         self.page[1] = 0  # kvm_run.immediate_exit
         self.exit = None
         self.runs += 1
@@ -395,7 +396,8 @@ class Agent:
 
     def op_run(self, request: Request) -> None:
         """Let a vCPU enter the guest in a thread of its own."""
-        self.vms[request["vm"]].vcpus[request["vcpu"]].start()
+        vcpu = self.vms[request["vm"]].vcpus[request["vcpu"]]
+        vcpu.start(interrupt_window=request.get("interrupt_window", False))
 
     def op_wait_exit(self, request: Request) -> Request | None:
         """Wait until a vCPU left KVM_RUN; null when it did not in ``limit_s`` seconds."""

@@ -36,6 +36,9 @@ KVM_GET_REGS = 0x8090AE81
 KVM_SET_REGS = 0x4090AE82
 KVM_GET_SREGS = 0x8138AE83
 KVM_SET_MSRS = 0x4008AE89
+KVM_GET_LAPIC = 0x8400AE8E
+KVM_SET_LAPIC = 0x4400AE8F
+KVM_SIGNAL_MSI = 0x4020AEA5
 KVM_SET_GUEST_DEBUG = 0x4048AE9B
 KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_MEM_READONLY = 2
@@ -95,10 +98,13 @@ class SmallVm:
 
     # -- running
 
-    def run(self, *vcpus: int) -> None:
-        """Let vCPUs enter the guest; without arguments all of them."""
+    def run(self, *vcpus: int, interrupt_window: bool = False) -> None:
+        """Let vCPUs enter the guest; without arguments all of them.
+
+        :param interrupt_window: ask KVM to return as soon as the guest takes interrupts.
+        """
         self.manager.batch(
-            {"op": "run", "vm": self.name, "vcpu": vcpu}
+            {"op": "run", "vm": self.name, "vcpu": vcpu, "interrupt_window": interrupt_window}
             for vcpu in vcpus or range(self.machine.vcpus)
         )
 
@@ -366,6 +372,29 @@ class SmallVm:
         )
         if answer["ret"] != len(values):
             raise InfraError(f"KVM_SET_MSRS took {answer['ret']} of {len(values)} MSRs")
+
+    def enable_apic(self, *, vcpu: int = 0) -> None:
+        """Enable the local APIC of a vCPU that does not run, as its guest does at boot.
+
+        :raises InfraError: the machine has no interrupt controllers in the kernel.
+        """
+        registers = bytearray(self._get(KVM_GET_LAPIC, bytes(1024), vcpu))
+        registers[0xF1] |= 1  # the spurious-interrupt vector register, bit 8
+        result, _ = self.vcpu_ioctl(KVM_SET_LAPIC, bytes(registers), vcpu=vcpu)
+        if result != "OK":
+            raise InfraError(f"KVM_SET_LAPIC answered {result}")
+
+    def message_interrupt(self, vector: int) -> None:
+        """Send an interrupt to vCPU 0 the way a device does, by a message (KVM_SIGNAL_MSI).
+
+        :raises InfraError: KVM does not take it.
+        """
+        data = struct.pack("<IIII16x", 0xFEE0_0000, 0, vector, 0)
+        answer = self.manager.link.call(
+            "ioctl", on=f"vm:{self.name}", request=KVM_SIGNAL_MSI, arg={"hex": data.hex()}
+        )
+        if answer["ret"] != 1:
+            raise InfraError(f"KVM_SIGNAL_MSI returned {answer['ret']} (errno {answer['errno']})")
 
     def _get(self, request: int, room: bytes, vcpu: int) -> bytes:
         result, data = self.vcpu_ioctl(request, room, vcpu=vcpu, out=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from typing import Any
 
 import pytest
@@ -472,9 +471,7 @@ def test_waits_for_the_tool(lab: Lab) -> None:
     enable(session, "HYPERCALL")
     vm.call_out(1)
     event = next_event_of(session, "HYPERCALL")
-    started = time.monotonic()
     vm.stands_still(for_s=4)
-    assert time.monotonic() - started >= 4
     silent(session, vcpus=[0])
     session.answer(event)
     vm.wait_word("done", 1)

@@ -328,19 +328,8 @@ def test_off_at_the_end(lab: Lab, how: str) -> None:
     assert vm.word("faults") == 0
 
 
-@pytest.mark.clause("SSTEP-NOINJECT")
-def test_no_interrupt_while_stepping(lab: Lab) -> None:
-    """An interrupt that waits is delivered when stepping ends, not before."""
-    vm = lab.vm(payload="steps", interrupts=True)
-    session = lab.hook(vm)
-    if not _supported(session):
-        skip_clause("this processor cannot single-step (features.singlestep is 0)")
-    session.command("VM_PAUSE_VCPU", wait=0).ok()
-    assert vm.vcpu_ioctl(KVM_INTERRUPT, struct.pack("<I", VECTOR))[0] == "OK"
-    vm.run()
-    pause = next_event_of(session, "PAUSE")
-    _control(session, True)
-    session.answer(pause)
+def _steps_undisturbed(vm: SmallVm, session: Session) -> None:
+    """Step from the guest's start with an interrupt that waits; then switch stepping off."""
     start, end = vm.machine.linear("_start"), vm.machine.linear("sequence")
     for _ in range(12):
         assert start <= _step(session).regs.rip < end
@@ -348,6 +337,39 @@ def test_no_interrupt_while_stepping(lab: Lab) -> None:
     assert vm.word("faults") == 0
     _control(session, False)
     session.answer(event)
+
+
+@pytest.mark.clause("SSTEP-NOINJECT")
+def test_no_interrupt_while_stepping(lab: Lab) -> None:
+    """An interrupt that waits in the local APIC is delivered when stepping ends, not before."""
+    vm, session = _stepping_pair(lab, irqchip=True, interrupts=True)
+    vm.stop()
+    vm.enable_apic()
+    vm.run()
+    _begin(vm, session, "_start")
+    vm.message_interrupt(VECTOR)
+    _steps_undisturbed(vm, session)
+    vm.wait_word("faults", 1)
+    _runs_free(vm, session)
+    assert vm.word("faults") == 1
+
+
+@pytest.mark.clause("SSTEP-NOINJECT")
+def test_no_interrupt_window_while_stepping(lab: Lab) -> None:
+    """User space that has an interrupt to inject is asked for it when stepping ends."""
+    vm, session = _stepping_pair(lab, interrupts=True)
+    vm.stop()
+    session.command("VM_PAUSE_VCPU", wait=0).ok()
+    vm.run(0, interrupt_window=True)
+    pause = next_event_of(session, "PAUSE")
+    rip = vm.machine.linear("_start")
+    session.command("VCPU_SET_REGISTERS", regs=pause.regs, rip=rip).ok()
+    _control(session, True)
+    session.answer(pause)
+    _steps_undisturbed(vm, session)
+    assert vm.wait_exit().reason == "IRQ_WINDOW_OPEN"
+    assert vm.vcpu_ioctl(KVM_INTERRUPT, struct.pack("<I", VECTOR))[0] == "OK"
+    vm.run()
     vm.wait_word("faults", 1)
     _runs_free(vm, session)
     assert vm.word("faults") == 1
