@@ -34,11 +34,10 @@ _AHEAD = 2
 Case = tuple[int, Sequence[Op]]
 
 _PREPARE = r"""
-for one in failslab fail_usercopy; do
-  [ -d /sys/kernel/debug/$one ] || continue
-  echo 0 >/sys/kernel/debug/$one/verbose
-  echo N >/sys/kernel/debug/$one/ignore-gfp-wait 2>/dev/null
-done
+if [ -d /sys/kernel/debug/failslab ]; then
+  echo 0 >/sys/kernel/debug/failslab/verbose
+  echo N >/sys/kernel/debug/failslab/ignore-gfp-wait
+fi
 echo 5 >/proc/sys/kernel/printk
 grep -o -m1 -E 'AuthenticAMD|GenuineIntel' /proc/cpuinfo
 """

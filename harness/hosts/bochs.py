@@ -155,6 +155,9 @@ class BochsTarget:
         options = [option for option in KERNEL_OPTIONS if option not in without]
         # The counter ticks once an instruction, whatever the processor's model says of it.
         options.append(f"tsc_early_khz={self._program.ticks_per_us * 1000}")
+        if self._program.version.startswith("2."):
+            # It logs modified pages by whole addresses, of which KVM warns.
+            options.append("kvm_intel.pml=0")
         return build_medium(
             self._settings,
             kernel=self._kernel,

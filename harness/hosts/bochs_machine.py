@@ -180,16 +180,12 @@ class BochsMachine:
         return login(self._dial(), keys, timeout_s=max(timeout_s, _LOGIN_STEP_S))
 
     def _last_words(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.place.log.read_text(errors="replace").strip()
-        return ""
+        return process.last_words(self.place.log)
 
     def ended(self, *, within_s: float = 0.0) -> str | None:
-        try:
-            status = self._child.wait(within_s)
-        except subprocess.TimeoutExpired:
+        how = process.ended(self._child, within_s=within_s)
+        if how is None:
             return None
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
         # Bochs frames its reason: [CPU0  ] exception(): 3rd (13) exception with no resolution
         reasons = re.findall(r"^\[\w+ *\] (.+)$", self._last_words(), re.MULTILINE)
         reason = ", ".join([how, *reasons[-1:]])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 import socket
@@ -112,16 +111,12 @@ class Emulator:
         return login(sock, keys, timeout_s=timeout_s)
 
     def _last_words(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.place.log.read_text(errors="replace").strip()
-        return ""
+        return process.last_words(self.place.log)
 
     def ended(self, *, within_s: float = 0.0) -> str | None:
-        try:
-            status = self._child.wait(within_s)
-        except subprocess.TimeoutExpired:
+        how = process.ended(self._child, within_s=within_s)
+        if how is None:
             return None
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
         last = self._last_words().splitlines()[-1:]
         return f"its emulator (process {self._child.pid}) ended with {', '.join([how, *last])}"
 

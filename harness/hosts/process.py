@@ -10,6 +10,7 @@ after its prctl and waits for our answer, which a dead parent does not give.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import shutil
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from harness.errors import InfraError, UsageError
 
-__all__ = ["end", "start"]
+__all__ = ["end", "ended", "last_words", "start"]
 
 _GRACE_S = 5.0
 _GATE_TIMEOUT_S = 20.0
@@ -120,6 +121,25 @@ def _spawn(order: _Order) -> subprocess.Popen[bytes]:
         except OSError:
             pass  # it ended already; whoever waits for it reads why in its log
     return process
+
+
+def ended(process: subprocess.Popen[bytes], *, within_s: float = 0.0) -> str | None:
+    """How a process ended: ``exit status 1``, ``signal 9``; None while it runs.
+
+    :param within_s: how long to wait for its end.
+    """
+    try:
+        status = process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return None
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def last_words(log: Path) -> str:
+    """What a process has written to its log; nothing if there is none."""
+    with contextlib.suppress(OSError):
+        return log.read_text(errors="replace").strip()
+    return ""
 
 
 def end(process: subprocess.Popen[bytes], *, grace_s: float = 0.0) -> int:

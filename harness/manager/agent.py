@@ -525,12 +525,7 @@ class Agent:
         try:
             os.write(nth, b"%d" % request["nth"])
             ret, err = ioctl(fd, number, value)
-            try:
-                left = int(os.pread(nth, 16, 0))
-            except OSError:  # copying the answer counts, too: the ioctl got past everything
-                left = 1
-            with contextlib.suppress(OSError):
-                os.write(nth, b"0")
+            left = int(os.pread(nth, 16, 0))
             os.write(nth, b"0")
         finally:
             os.close(nth)
