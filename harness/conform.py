@@ -335,7 +335,7 @@ def _interrupt(process: subprocess.Popen[bytes]) -> str:
 
 @contextlib.contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does: with a report."""
+    """Let signals end a run as Ctrl-C does: with a report."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
