@@ -92,6 +92,7 @@ def test_payload_of_a_fetch(lab: Lab) -> None:
 
 @pytest.mark.clause("EV-PF-FETCH-RIP", "EV-PF-CONTINUE")
 @pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.usefixtures("exact")
 def test_fetches_in_a_row(lab: Lab, alias: bool) -> None:
     """Each instruction of a page that must not be executed raises its event, in order."""
     vm, session = access_pair(lab, alias=alias)
@@ -220,6 +221,7 @@ def test_flags_are_the_guests(lab: Lab) -> None:
 
 
 @pytest.mark.clause("EV-PF-CONTINUE")
+@pytest.mark.usefixtures("exact")
 def test_guest_steps_itself(lab: Lab) -> None:
     """A guest that single-steps itself gets the same exceptions on a restricted page."""
     vm, session = access_pair(lab)
@@ -237,6 +239,7 @@ def test_guest_steps_itself(lab: Lab) -> None:
 
 @pytest.mark.clause("EV-PF-CONTINUE")
 @pytest.mark.parametrize("routine", ["write", "sse_write"])
+@pytest.mark.usefixtures("exact")
 def test_user_space_steps(lab: Lab, routine: str) -> None:
     """User space that single-steps the guest sees the same instructions on a restricted page."""
     vm, session = access_pair(lab)
@@ -291,6 +294,7 @@ def test_instruction_that_faults(lab: Lab) -> None:
 
 @pytest.mark.clause("EV-PF-CONTINUE", "SETPAGE-OK")
 @pytest.mark.parametrize("what", ["stack", "table"])
+@pytest.mark.usefixtures("exact")
 def test_delivery_of_an_exception(lab: Lab, what: str) -> None:
     """An exception whose delivery touches a restricted page is delivered, once."""
     vm, session = access_pair(lab)
@@ -433,6 +437,7 @@ def test_page_boundary(lab: Lab, routine: str) -> None:
 
 
 @pytest.mark.clause("EV-PF-MULTI", "EV-PF-FETCH-RIP")
+@pytest.mark.usefixtures("exact")
 def test_instruction_on_two_pages(lab: Lab) -> None:
     """An instruction that lies on two pages raises an event for each that it must not run on.
 
@@ -458,6 +463,7 @@ def test_instruction_on_two_pages(lab: Lab) -> None:
 
 @pytest.mark.clause("EV-PF-MULTI")
 @pytest.mark.parametrize(("routine", "bit"), [("own_write", W), ("own_read", R)])
+@pytest.mark.usefixtures("exact")
 def test_fetch_and_access(lab: Lab, clauses: ClauseNotes, routine: str, bit: int) -> None:
     """An instruction on a restricted page that accesses this page raises one after the other.
 

@@ -109,6 +109,7 @@ _CLAUSES = pytest.mark.clause(
 @_CLAUSES
 @pytest.mark.timeout(300)
 @pytest.mark.boot_with("kvm.tdp_mmu=0")
+@pytest.mark.usefixtures("exact")
 def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Two-dimensional paging by the older code (kvm.tdp_mmu=0)."""
     assert other_lab.manager.read_file(PARAMETER + "tdp_mmu").strip() == "N"
@@ -119,6 +120,7 @@ def test_without_tdp_mmu(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFai
 @pytest.mark.timeout(300)
 @pytest.mark.clause("CTLCR-OK", "CTLCR-OFF", "EV-CR-PAYLOAD", "EV-CR-NEWVAL")
 @pytest.mark.boot_with("kvm_amd.npt=0", "kvm_intel.ept=0")
+@pytest.mark.usefixtures("exact")
 def test_shadow_paging(other_lab: Lab, clauses: ClauseNotes, on_failure: OnFailure) -> None:
     """Shadow paging (npt=0, ept=0): KVM keeps page tables of its own beside the guest's."""
     file = TWO_DIMENSIONAL[other_lab.manager.vendor]

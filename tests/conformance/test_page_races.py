@@ -88,6 +88,7 @@ def _hammering(vm: SmallVm, session: Session, routines: list[str], access: int) 
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.usefixtures("exact")
 def test_no_access_without_event(lab: Lab, routines: list[str], access: int) -> None:
     """While one vCPU is let through, no other finds the page open: all accesses are events."""
     vm, session = access_pair(lab, vcpus=len(routines))
@@ -96,6 +97,7 @@ def test_no_access_without_event(lab: Lab, routines: list[str], access: int) -> 
 
 
 @pytest.mark.clause("SETPAGE-OK", "EVT-OTHER-VCPU-RUN")
+@pytest.mark.usefixtures("exact")
 def test_other_page_is_free(lab: Lab) -> None:
     """A vCPU at a page that is not restricted has no events, and runs while another has them."""
     vm, session = access_pair(lab, vcpus=2)
@@ -158,6 +160,7 @@ def _settings(vm: SmallVm, session: Session) -> None:
     "meanwhile", [_signals, _dirty_log, _pauses, _questions, _settings],
     ids=lambda function: function.__name__.strip("_"),
 )  # fmt: skip
+@pytest.mark.usefixtures("exact")
 def test_disturbed(lab: Lab, meanwhile: Callable[[SmallVm, Session], None]) -> None:
     """Signals, the dirty log, commands and settings meanwhile let no access through unseen."""
     vm, session = access_pair(lab, vcpus=2, flags=KVM_MEM_LOG_DIRTY_PAGES)

@@ -11,7 +11,6 @@ from checks import continues, enable, next_event_of, requires, silent
 from lab import Lab
 
 from harness.abi import load_clauses
-from harness.hosts import Target
 from harness.manager.payloads import FREE
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
@@ -22,15 +21,6 @@ KVM_INTERRUPT = 0x4004AE86
 VECTOR = 0x30
 ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 8, 12, 13, 14, 15]
 """The steps of the payload in the order in which they are executed."""
-
-
-@pytest.fixture
-def exact(target: Target) -> None:
-    """Skip where the emulated processor lets instructions pass without the exit after each."""
-    if "Bochs 2." in target.facts().virtualisation:
-        skip_clause(
-            "Bochs 2 does not look for the monitor trap flag after every VM entry, as Bochs 3 does"
-        )
 
 
 def _supported(session: Session) -> bool:
