@@ -8,6 +8,7 @@
  *	breakpoint N	N breakpoint instructions
  *	counter [MS]	a clockwork in the background, ticking every MS milliseconds
  *	memory		a page that stays in place and can be looked at
+ *	nested N	N rounds of a guest of this guest
  *
  * Linked statically: the guest has no C library.
  */
@@ -24,11 +25,12 @@
 #include <unistd.h>
 #include <cpuid.h>
 
-#define PAGE_SIZE	4096
+#include "kvmi-guest.h"
+
 #define HYPERCALL	34	/* KVM_HC_XEN_HVM_OP */
 #define REQUEST_EVENT	24	/* KVM_HC_XEN_HVM_OP_GUEST_REQUEST_VM_EVENT */
 
-static void die(const char *what)
+void die(const char *what)
 {
 	fprintf(stderr, "kvmi-guest: %s: %s\n", what, strerror(errno));
 	exit(1);
@@ -230,7 +232,7 @@ static int do_counter(uint64_t period_ms)
 
 /* ---- memory ------------------------------------------------------------- */
 
-static uint64_t physical(const void *address)
+uint64_t physical(const void *address)
 {
 	uint64_t entry, index = (uintptr_t)address / PAGE_SIZE;
 	int fd = open("/proc/self/pagemap", O_RDONLY);
@@ -296,6 +298,9 @@ int main(int argc, char **argv)
 		return do_counter(argc == 3 ? number(argv[2]) : 20);
 	if (!strcmp(what, "memory") && argc == 2)
 		return do_memory();
-	fprintf(stderr, "usage: kvmi-guest hypercall N | breakpoint N | counter [MS] | memory\n");
+	if (!strcmp(what, "nested") && argc == 3)
+		return do_nested(number(argv[2]), is_intel());
+	fprintf(stderr, "usage: kvmi-guest hypercall N | breakpoint N | counter [MS] | memory |"
+		" nested N\n");
 	return 2;
 }

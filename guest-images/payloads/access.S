@@ -8,6 +8,7 @@
 	.code64
 	.globl	_start, on_breakpoint, on_debug, on_fault
 	.globl	slide, slide_end, crossing, own_read, own_write
+	.globl	to_user_mode, user_mode, called
 _start:
 	movq	%cr4, %rax
 	orq	$0x600, %rax		# OSFXSR, OSXMMEXCPT: SSE works
@@ -151,6 +152,33 @@ walk:					# (rdi), after the translations were flushed
 	movq	(%rdi), %rax
 	ret
 
+# --- To user mode and back, by instructions that move the flags to r11 and from there.
+
+system_calls:				# answers what SYSCALL left in r11
+	movl	$0xc0000080, %ecx	# EFER: SCE
+	rdmsr
+	orl	$1, %eax
+	wrmsr
+	incl	%ecx			# STAR: our code segment, and one for user mode
+	xorl	%eax, %eax
+	movl	%cs, %edx
+	orl	$0x00330000, %edx
+	wrmsr
+	incl	%ecx			# LSTAR
+	leaq	called(%rip), %rax
+	xorl	%edx, %edx
+	wrmsr
+	movl	$0xc0000084, %ecx	# SFMASK: TF
+	movl	$0x100, %eax
+	wrmsr
+	movl	%ss, %ebp
+	leaq	user_mode(%rip), %rcx
+	movl	$0x202, %r11d
+	jmp	to_user_mode
+returned:
+	movl	%ebp, %ss
+	ret
+
 # --- Without end, until KIND is set.
 
 hammer:					# counts up at (rdi)
@@ -207,6 +235,13 @@ own_read:				# (rdi), which may be on this page
 own_write:				# rsi to (rdi), which may be on this page
 	movq	%rsi, (%rdi)
 	ret
+to_user_mode:
+	sysretq
+user_mode:
+	syscall
+called:
+	movq	%r11, %rax
+	jmp	returned
 
 	.org	0x1ffc, 0x90
 crossing:				# one instruction on two pages

@@ -20,6 +20,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -259,7 +260,7 @@ def _build_initrd(root: Path, *, base: Path, keys: Path) -> Path:
         ):
             log = root / "logs" / "initrd.log"
             program = Path(scratch) / "kvmi-guest"
-            _compile(_GUEST / "kvmi-guest.c", program, log=log)
+            _compile(sorted(_GUEST.glob("*.c")), program, log=log)
             system = Path(scratch) / "system"
             unpack_base(base, system, log=log)
             with (into / "initrd").open("wb") as out:
@@ -268,13 +269,14 @@ def _build_initrd(root: Path, *, base: Path, keys: Path) -> Path:
     return cache.entry("initrd", inputs, make, root=root)
 
 
-def _compile(source: Path, program: Path, *, log: Path) -> None:
+def _compile(sources: Iterable[Path], program: Path, *, log: Path) -> None:
+    argv = ["cc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-o", str(program)]
     run_logged(
-        ["cc", "-static", "-Os", "-s", "-Wall", "-Wextra", "-o", str(program), str(source)],
+        [*argv, *map(str, sources)],
         cwd=program.parent,
         log=log,
         timeout_s=_STEP_TIMEOUT_S,
-        what=f"compiling {source.name}",
+        what=f"compiling {program.name}",
     )
 
 

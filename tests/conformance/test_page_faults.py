@@ -237,6 +237,19 @@ def test_guest_steps_itself(lab: Lab) -> None:
         assert vm.word("traps") == round * traps
 
 
+@pytest.mark.clause("EV-PF-CONTINUE", "EV-PF-FETCH-RIP")
+@pytest.mark.usefixtures("exact")
+def test_system_call(lab: Lab) -> None:
+    """SYSCALL and SYSRET pass alone, too, and the flags that they move are the guest's."""
+    vm, session = access_pair(lab)
+    trace = Trace(session)
+    assert perform(vm, "system_calls") == 0x202
+    restrict(session, R | W, fetch_page(vm))
+    assert perform(vm, "system_calls") == 0x202
+    sites = [vm.machine.linear(label) for label in ("to_user_mode", "user_mode", "called")]
+    assert [access.rip for access in trace.take()] == [*sites, sites[-1] + 3]
+
+
 @pytest.mark.clause("EV-PF-CONTINUE")
 @pytest.mark.parametrize("routine", ["write", "sse_write"])
 @pytest.mark.usefixtures("exact")

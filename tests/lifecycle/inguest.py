@@ -17,7 +17,18 @@ from typing import Any, Self
 from harness.errors import InfraError, SilenceError
 from harness.hosts.ssh import GuestShell, RemoteProcess
 
-__all__ = ["Background", "Calls", "Page", "Ticks", "Traps", "breakpoints", "hypercalls", "ticks"]
+__all__ = [
+    "Background",
+    "Calls",
+    "NestedGuest",
+    "Page",
+    "Rounds",
+    "Ticks",
+    "Traps",
+    "breakpoints",
+    "hypercalls",
+    "ticks",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,42 @@ class Background:
         if self._process is not None:
             self._process.close()
         self._thread.join(5.0)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a guest of the guest did.
+
+    Each round ends with one exit, and has one breakpoint. ``strange`` exits had another number
+    than they should have; ``failed`` is the step of the round whose result was wrong, or 0.
+    """
+
+    rounds: int
+    breakpoints: int
+    strange: int
+    failed: int
+    exit: int
+    """The last exit of KVM in the guest: KVM_EXIT_IO (2) if all went well."""
+
+
+class NestedGuest:
+    """A guest of the guest, made and not yet started; see ``guest-images/guest/nested.c``.
+
+    ``gpa`` is where the guest keeps the page that the nested guest counts its rounds in.
+    """
+
+    def __init__(self, shell: GuestShell, rounds: int) -> None:
+        self._process = shell.spawn(f"kvmi-guest nested {rounds}")
+        self.gpa = int(_last_line(self._process.stdout.readline(timeout_s=20))["gpa"])
+
+    def run(self, *, timeout_s: float) -> Rounds:
+        """Let it make its rounds, and end."""
+        self._process.write(b"go\n")
+        return Rounds(**_last_line(self._process.stdout.readline(timeout_s=timeout_s)))
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+        self._process.close()
 
 
 class Page:

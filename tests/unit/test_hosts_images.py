@@ -93,9 +93,8 @@ def test_every_package_is_named_once() -> None:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """kvmi-guest as the guest has it; it does not care where it runs."""
     directory = tmp_path_factory.mktemp("guest")
-    images._compile(
-        GUEST_IMAGES / "guest/kvmi-guest.c", directory / "kvmi-guest", log=directory / "log"
-    )
+    sources = (GUEST_IMAGES / "guest").glob("*.c")
+    images._compile(sources, directory / "kvmi-guest", log=directory / "log")
     assert "warning" not in (directory / "log").read_text()
     return directory / "kvmi-guest"
 
