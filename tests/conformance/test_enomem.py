@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ import pytest
 from checks import continues, enable, requires
 from lab import Lab
 from pages import PAGE, RWX, R, Trace, W, X, access_pair, linear, perform, restrict
+from slabs import leaves_nothing
 
 from harness.abi import Reply
 from harness.errors import ConformanceError
@@ -30,9 +30,7 @@ FAILSLAB = "/sys/kernel/debug/failslab"
 MOST = 200
 """No path of these has more allocations."""
 
-ROUNDS = 60
-# kfree_rcu() collects for up to five seconds; two of these may have to pass.
-SETTLED_S = 20.0
+CYCLES = 60
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +43,6 @@ def fault_injection(manager: SmallManager) -> None:
     # Ordinary allocations, which may wait, count too; none of them is told on the console.
     for name, value in (("ignore-gfp-wait", "N"), ("verbose", "0")):
         manager.write_file(f"{FAILSLAB}/{name}", value)
-
-
-def _objects(manager: SmallManager) -> int:
-    """How much general-purpose memory the kernel has given out, in bytes."""
-    total = 0
-    for line in manager.read_file("/proc/slabinfo").splitlines():
-        words = line.split()
-        if words[0].startswith("kmalloc-"):
-            total += int(words[1]) * int(words[3])
-    return total
 
 
 def _receiver(manager: SmallManager) -> int:
@@ -133,7 +121,7 @@ def test_hook(lab: Lab, clauses: ClauseNotes) -> None:
 
 
 @pytest.mark.clause("HOOK-ENOMEM", "HOOK-FAIL-NOSTATE")
-def test_failed_hooks_leak_nothing(lab: Lab) -> None:
+def test_failed_hooks_leak_nothing(lab: Lab, manager: SmallManager) -> None:
     """Many failed hooks do not make the kernel hold more memory."""
     vm = lab.vm()
     _, fd = lab.manager.socketpair()
@@ -150,20 +138,11 @@ def test_failed_hooks_leak_nothing(lab: Lab) -> None:
             {"op": "ioctl", "on": on, "request": unhook},
         ]  # fmt: skip
 
-    def hook_often() -> list[int]:
-        answers = lab.manager.link.call(
-            "batch", requests=requests, repeat=ROUNDS, timeout_s=60
-        )  # fmt: skip
-        return [answer["errno"] for answer in answers[::2]]
+    def hook_often() -> None:
+        answers = manager.link.call("batch", requests=requests, repeat=CYCLES, timeout_s=60)
+        assert [answer["errno"] for answer in answers[::2]].count(errno.ENOMEM) >= 2
 
-    assert hook_often().count(errno.ENOMEM) >= 2
-    # What RCU frees goes back some seconds later, all at once; what is lost does not.
-    before = _objects(lab.manager)
-    hook_often()
-    deadline = time.monotonic() + SETTLED_S
-    while (grown := _objects(lab.manager) - before) >= ROUNDS * 256:
-        assert time.monotonic() < deadline, f"{grown} bytes more are in use"
-        time.sleep(0.5)
+    leaves_nothing(manager, hook_often, lives=CYCLES)
 
 
 @pytest.mark.clause("GETREGS-ENOMEM")

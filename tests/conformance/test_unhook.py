@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 from checks import continues, enable, ends_dead, requires
 from lab import Lab
+from slabs import ROUNDS, leaves_nothing
 
-from harness.errors import ConformanceError
 from harness.manager.small import SmallManager
 from harness.manager.smallvm import SmallVm, errno_name
 from harness.plugin import skip_clause
@@ -146,63 +145,31 @@ def test_single_stepping_ends(vm: SmallVm, session: Session) -> None:
     vm.progresses(rounds=50)
 
 
-class _Usage:
-    """What the host's kernel has in use, as far as it tells."""
-
-    def __init__(self, manager: SmallManager) -> None:
-        self.caches: dict[str, int] = {}
-        for line in manager.read_file("/proc/slabinfo").splitlines()[2:]:
-            words = line.split()
-            self.caches[words[0]] = int(words[1])
-        self.sockets = int(manager.read_file("/proc/net/sockstat").split()[2])
-        self.threads = len(_kernel_threads(manager))
-        self.files = int(manager.read_file("/proc/sys/fs/file-nr").split()[0])
-
-
 CYCLES = 60
-# Stacks of threads that ended are given back by the thousand (mm/vmalloc.c, lazy purging).
-LAZY = {"vmap_area"}
-ROUNDS = 3
-# kfree_rcu() collects for up to five seconds; two of these may have to pass.
-SETTLE_S = 20
 
 
 @pytest.mark.clause("UNHOOK-FREES")
 @pytest.mark.timeout(180)
 def test_frees(lab: Lab, manager: SmallManager) -> None:
     """Many lives of a session, with an event and a command pending, leave nothing behind."""
-    if "slabinfo" not in manager.list_dir("/proc"):
-        skip_clause("the host's kernel has no /proc/slabinfo to look for leaks in")
     vm = lab.vm(vcpus=3)
     vm.run(0, 1)  # vCPU 2 never runs: what it is asked waits until UNHOOK
     life = _life(lab, vm)
     _live(manager, life)
-    usages = [_Usage(manager)]
-    for _ in range(ROUNDS):
-        _live(manager, life)
-        usages.append(_Usage(manager))
-    first, last, many = usages[0], usages[-1], CYCLES * ROUNDS * 2 // 3
-    grown = []
-    for cache in first.caches.keys() - LAZY:
-        counts = [usage.caches.get(cache, 0) for usage in usages]
-        steps = [after - before for before, after in itertools.pairwise(counts)]
-        # The kernel's own numbers are coarse (whole slabs); a leak shows in every round.
-        if min(steps) >= CYCLES * 2 // 3:
-            grown.append(cache)
-    deadline = time.monotonic() + SETTLE_S
-    while grown:
-        now = _Usage(manager)
-        grown = [cache for cache in grown if now.caches[cache] - first.caches[cache] >= many]
-        if time.monotonic() > deadline:
-            raise ConformanceError(
-                f"{ROUNDS} times {CYCLES} hooks leave objects behind: "
-                + "; ".join(f"{name}: {first.caches[name]}, {now.caches[name]}" for name in grown)
-            )
-        time.sleep(0.5)
+    before = _usage(manager)
+    leaves_nothing(manager, lambda: _live(manager, life), lives=CYCLES)
     # These are counted per CPU and in batches, so only the whole way tells.
-    assert last.sockets - first.sockets < many
-    assert last.files - first.files < many
-    assert last.threads - first.threads < many
+    for what, count in _usage(manager).items():
+        assert count - before[what] < CYCLES * ROUNDS * 2 // 3, what
+
+
+def _usage(manager: SmallManager) -> dict[str, int]:
+    """What else the host's kernel has in use, as far as it tells."""
+    return {
+        "sockets": int(manager.read_file("/proc/net/sockstat").split()[2]),
+        "threads": len(_kernel_threads(manager)),
+        "files": int(manager.read_file("/proc/sys/fs/file-nr").split()[0]),
+    }
 
 
 @dataclass(frozen=True)
