@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from harness.build.progress import Step, step
 from harness.errors import ConformanceError, DeadlineError, InfraError, UsageError
+from harness.hosts.base import Boot
 from harness.hosts.console import complaints_in
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class _Runner:
                 kernel.target.start,
                 name=name,
                 evidence=self._evidence / name,
-                without_options=kernel.without,
+                boot=Boot(without=kernel.without),
             )
             try:
                 self._host = start()

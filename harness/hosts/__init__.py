@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harness.errors import UsageError
-from harness.hosts.base import Completed, MachineFacts, Target
+from harness.hosts.base import Boot, Completed, MachineFacts, Target
 from harness.hosts.console import Complaint, Console
 from harness.hosts.host import Host
 from harness.hosts.ssh import GuestShell, RemoteOutput, RemoteProcess, Shell
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness.settings import Settings
 
 __all__ = [
+    "Boot",
     "Complaint",
     "Completed",
     "Console",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.build.kernel import KernelBuild
     from harness.hosts.host import Host
 
-__all__ = ["Completed", "MachineFacts", "Target"]
+__all__ = ["AS_USUAL", "Boot", "Completed", "MachineFacts", "Target"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,33 @@ class MachineFacts:
         return dict(vars(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Boot:
+    """How a host is to be booted, where not as usual; it is booted from nothing then."""
+
+    without: tuple[str, ...] = ()
+    """Options to take off the default kernel command line, such as ``kvm.introspection=1``."""
+    options: tuple[str, ...] = ()
+    """Options to put at the end of it."""
+    processor: str = ""
+    """One of the target's :attr:`Target.processors` instead of its usual one."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is not as usual."""
+        return self != AS_USUAL
+
+
+AS_USUAL = Boot()
+
+
 class Target(Protocol):
     """Provides hosts. Kept small: everything else is the same for all of them."""
 
     name: str
     boots: bool
     """Whether it can boot a host with other kernel options than usual."""
+    processors: Sequence[str]
+    """Processors that it can boot a host with besides its usual one."""
     patience: float
     """How many times longer than usual its hosts may take: all limits of waits for them and of
     tests are multiplied by it. Times that pass on purpose are not."""
@@ -99,16 +120,13 @@ class Target(Protocol):
         *,
         name: str,
         evidence: Path,
-        without_options: Sequence[str] = (),
-        with_options: Sequence[str] = (),
+        boot: Boot = AS_USUAL,
     ) -> Host:
         """A fresh host that answers commands.
 
         :param name: for messages; unique among the hosts that live at one time.
         :param evidence: a directory for its console and other logs; made if missing.
-        :param without_options: options to take off the default kernel command line, such
-            as ``kvm.introspection=1``. Such a host is booted from nothing.
-        :param with_options: options to put at the end of the command line, likewise.
+        :param boot: how to boot it, where not as usual.
         :raises HostCrashedError: its kernel panicked on the way.
         :raises InfraError: it did not come up; the console's end is in ``details``.
         """

@@ -20,7 +20,7 @@ from harness.build import cache, progress
 from harness.build.bochs import build_bochs
 from harness.build.medium import build_medium
 from harness.errors import DeadlineError, HarnessError, UsageError
-from harness.hosts.base import MachineFacts
+from harness.hosts.base import AS_USUAL, Boot, MachineFacts
 from harness.hosts.bochs_machine import BochsMachine, BochsProgram, Place, find_program
 from harness.hosts.console import Console
 from harness.hosts.facts import facts_of
@@ -42,6 +42,9 @@ _READY = "host: ready"
 
 # Instructions per microsecond that each build manages on today's machines, rounded up.
 _DEBIAN_SPEED, _BUILT_SPEED = 200, 400
+
+# Of the models of 2.7 the one with EPT and the monitor trap flag.
+_PROCESSOR = "tigerlake"
 
 # Counted up when this module does something else with the host that it boots for its facts.
 _RECIPE = "1"
@@ -71,6 +74,8 @@ class BochsTarget:
 
     name = "bochs"
     boots = True
+    # The first with VMX and 64 bits: no EPT, no monitor trap flag, no exits at descriptor tables.
+    processors: Sequence[str] = ("core2_penryn_t9600",)
     patience = 4.0
 
     def __init__(self, settings: Settings) -> None:
@@ -140,19 +145,23 @@ class BochsTarget:
         *,
         name: str,
         evidence: Path,
-        without_options: Sequence[str] = (),
-        with_options: Sequence[str] = (),
+        boot: Boot = AS_USUAL,
     ) -> Host:
-        """A fresh host that answers commands, booted from nothing. See :class:`Target`."""
-        self.facts()
-        evidence.mkdir(parents=True, exist_ok=True)
-        return self._boot(name, evidence, without=without_options, more=with_options)
+        """A fresh host that answers commands, booted from nothing. See :class:`Target`.
 
-    def _medium(self, without: Sequence[str] = (), more: Sequence[str] = ()) -> Path:
+        :raises UsageError: there is no such processor.
+        """
+        self.facts()
+        if boot.processor not in ("", *self.processors):
+            raise UsageError(f"target bochs has no processor {boot.processor}")
+        evidence.mkdir(parents=True, exist_ok=True)
+        return self._boot(name, evidence, boot)
+
+    def _medium(self, boot: Boot = AS_USUAL) -> Path:
         assert self._kernel is not None
         assert self._images is not None
         assert self._program is not None
-        options = [option for option in KERNEL_OPTIONS if option not in without]
+        options = [option for option in KERNEL_OPTIONS if option not in boot.without]
         # The counter ticks once an instruction, whatever the processor's model says of it.
         options.append(f"tsc_early_khz={self._program.ticks_per_us * 1000}")
         if self._program.version.startswith("2."):
@@ -162,19 +171,18 @@ class BochsTarget:
             self._settings,
             kernel=self._kernel,
             keys=self._images.keys,
-            options=[*options, *more],
+            options=[*options, *boot.options],
         )
 
-    def _boot(
-        self, name: str, evidence: Path, *, without: Sequence[str] = (), more: Sequence[str] = ()
-    ) -> Host:
+    def _boot(self, name: str, evidence: Path, boot: Boot = AS_USUAL) -> Host:
         assert self._images is not None
         assert self._program is not None
         place = Place(name, evidence)
         machine = BochsMachine.start(
             self._program,
             place,
-            medium=self._medium(without, more),
+            medium=self._medium(boot),
+            processor=boot.processor or _PROCESSOR,
             memory_mb=self._settings.host_memory_mb,
         )
         console = Console(place.console)

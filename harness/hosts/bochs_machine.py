@@ -90,9 +90,11 @@ class BochsMachine:
 
     @classmethod
     def start(
-        cls, program: BochsProgram, place: Place, *, medium: Path, memory_mb: int
+        cls, program: BochsProgram, place: Place, *, medium: Path, processor: str, memory_mb: int
     ) -> BochsMachine:
         """Start a machine that boots ``medium``; it has just begun when this returns.
+
+        :param processor: its model, as Bochs calls it.
 
         :raises UsageError: Bochs or its firmware is not installed.
         :raises InfraError: Bochs ended at once, or forwards no port.
@@ -104,7 +106,9 @@ class BochsMachine:
                     hint="`inv doctor --target bochs` says which package has it",
                 )
         for attempt in range(_PORT_TRIES):
-            machine = cls._start(program, place, medium=medium, memory_mb=memory_mb)
+            machine = cls._start(
+                program, place, medium=medium, processor=processor, memory_mb=memory_mb
+            )
             try:
                 machine._wait_forwarding()
             except DeadlineError:
@@ -120,7 +124,7 @@ class BochsMachine:
 
     @classmethod
     def _start(
-        cls, program: BochsProgram, place: Place, *, medium: Path, memory_mb: int
+        cls, program: BochsProgram, place: Place, *, medium: Path, processor: str, memory_mb: int
     ) -> BochsMachine:
         port = _Port()
         try:
@@ -129,7 +133,14 @@ class BochsMachine:
             script.write_text(_network(port.number))
             configuration = place.directory / "bochsrc"
             configuration.write_text(
-                _configuration(program, place, medium=medium, memory_mb=memory_mb, script=script)
+                _configuration(
+                    program,
+                    place,
+                    medium=medium,
+                    processor=processor,
+                    memory_mb=memory_mb,
+                    script=script,
+                )
             )
             argv = [program.path, "-q", "-f", str(configuration)]
             if program.debugger:
@@ -252,7 +263,13 @@ def _network(port: int) -> str:
 
 
 def _configuration(
-    program: BochsProgram, place: Place, *, medium: Path, memory_mb: int, script: Path
+    program: BochsProgram,
+    place: Place,
+    *,
+    medium: Path,
+    processor: str,
+    memory_mb: int,
+    script: Path,
 ) -> str:
     """What Bochs reads: the machine, a line a device."""
     if program.debugger:
@@ -264,9 +281,9 @@ def _configuration(
     else:
         display = "display_library: nogui\n"
     lines = (
-        # Of the models of 2.7 the one with EPT and the monitor trap flag. One processor:
-        # Bochs emulates several in turns, in one thread.
-        f"cpu: model=tigerlake, count=1, ips={program.ticks_per_us}000000, reset_on_triple_fault=0",
+        # One processor: Bochs emulates several in turns, in one thread.
+        f"cpu: model={processor}, count=1, ips={program.ticks_per_us}000000, "
+        "reset_on_triple_fault=0",
         f"memory: guest={memory_mb}, host={memory_mb}",
         f"romimage: file={_FIRMWARE}, options=fastboot",
         f"vgaromimage: file={_VIDEO_FIRMWARE}",

@@ -26,7 +26,7 @@ from harness.build.bundle import build_bundle
 from harness.build.progress import step
 from harness.errors import HarnessError, InfraError, UsageError
 from harness.hosts.address import Address
-from harness.hosts.base import MachineFacts
+from harness.hosts.base import AS_USUAL, Boot, MachineFacts
 from harness.hosts.facts import facts_of
 from harness.hosts.host import Host
 from harness.hosts.kernellog import KernelLog
@@ -205,6 +205,7 @@ class SshTarget:
 
     name = "ssh"
     boots = False
+    processors: Sequence[str] = ()
     patience = 1.0
 
     def __init__(self, settings: Settings) -> None:
@@ -296,16 +297,15 @@ class SshTarget:
         *,
         name: str,
         evidence: Path,
-        without_options: Sequence[str] = (),
-        with_options: Sequence[str] = (),
+        boot: Boot = AS_USUAL,
     ) -> Host:
         """The machine, cleaned. See :class:`Target`.
 
         :raises UsageError: other kernel options are wanted, or another run uses the machine.
         """
         keys, _ = self._prepared()
-        if without_options or with_options:
-            raise UsageError("target ssh cannot boot a machine with other kernel options")
+        if boot:
+            raise UsageError("target ssh cannot boot a machine in another way than usual")
         evidence.mkdir(parents=True, exist_ok=True)
         # It may be restarting, if a test before this one brought it down.
         control = _Control(self.address, timeout_s=_RETURN_TIMEOUT_S)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from harness.build import cache, progress
 from harness.build.run import output_of
 from harness.errors import DeadlineError, HarnessError, HostCrashedError, InfraError, UsageError
-from harness.hosts.base import MachineFacts
+from harness.hosts.base import AS_USUAL, Boot, MachineFacts
 from harness.hosts.console import Console, complaints_in
 from harness.hosts.emulator import Emulator, Place, option_value
 from harness.hosts.facts import version_in
@@ -104,6 +104,7 @@ class TemplateTarget:
 
     name = ""
     boots = True
+    processors: Sequence[str] = ()
     patience = 1.0
     must_save = True
     """Whether a machine that cannot be saved and restored is an error; else each is booted."""
@@ -264,15 +265,18 @@ class TemplateTarget:
         *,
         name: str,
         evidence: Path,
-        without_options: Sequence[str] = (),
-        with_options: Sequence[str] = (),
+        boot: Boot = AS_USUAL,
     ) -> Host:
         """A fresh host that answers commands, restored in about a second. See :class:`Target`.
 
-        With other kernel options than usual it is booted from nothing, in some seconds.
+        If it is to be booted in another way than usual, that takes some seconds.
+
+        :raises UsageError: there is no such processor.
         """
         template = self._prepared()
-        cold = bool(without_options or with_options) or not template.usable
+        if boot.processor:
+            raise UsageError(f"target {self.name} has no processor {boot.processor}")
+        cold = bool(boot) or not template.usable
         evidence.mkdir(parents=True, exist_ok=True)
         place = Place(
             name=name,
@@ -281,7 +285,7 @@ class TemplateTarget:
             console=evidence / "console.log",
             log=evidence / "emulator.log",
         )
-        argv = self._arguments(place, self._options(without_options, with_options))
+        argv = self._arguments(place, self._options(boot.without, boot.options))
         if cold:
             place.console.write_bytes(b"")
             emulator = Emulator.start(argv, place)

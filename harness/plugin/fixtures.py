@@ -9,12 +9,13 @@ doing. Session-scoped things live as long as their worker. All may be overridden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.hosts.base import Boot
 from harness.plugin.options import Session
 from harness.plugin.worker import TestState, current
 
@@ -84,7 +85,7 @@ def host(request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
     Leave it as you found it. What the kernel complains about during the test, its set-up
     and its tear-down makes the test FAIL.
     """
-    yield from _lend(current(request.node), kvmi_pool, settings, fresh=False)
+    yield from _lend(current(request.node), kvmi_pool, settings)
 
 
 @pytest.fixture
@@ -95,18 +96,21 @@ def fresh_host(
 
     With ``@pytest.mark.boot_without("kvm.introspection=1")`` it is booted from nothing,
     without these options of the usual kernel command line; with
-    ``@pytest.mark.boot_with("kvm.tdp_mmu=0")`` these are added to it. Where the target has a
-    machine that runs already, the test is skipped then.
+    ``@pytest.mark.boot_with("kvm.tdp_mmu=0")`` these are added to it, and with
+    ``@pytest.mark.processor("name")`` it has that processor. Where the target cannot do so, the
+    test is skipped.
     """
-    options = {
-        f"{name}_options": [
-            option for marker in request.node.iter_markers(f"boot_{name}") for option in marker.args
-        ]
-        for name in ("with", "without")
-    }
-    if any(options.values()) and not target.boots:
+
+    def marked(name: str) -> tuple[str, ...]:
+        return tuple(word for mark in request.node.iter_markers(name) for word in mark.args)
+
+    processor = "".join(marked("processor"))
+    boot = Boot(without=marked("boot_without"), options=marked("boot_with"), processor=processor)
+    if processor and processor not in target.processors:
+        pytest.skip(f"target {target.name} has no processor {processor}")
+    if boot and not target.boots:
         pytest.skip(f"a machine of target {target.name} is not booted with other kernel options")
-    yield from _lend(current(request.node), kvmi_pool, settings, fresh=True, **options)
+    yield from _lend(current(request.node), kvmi_pool, settings, boot=boot)
 
 
 def _lend(
@@ -114,11 +118,10 @@ def _lend(
     pool: HostPool,
     settings: Settings,
     *,
-    fresh: bool,
-    **options: Sequence[str],
+    boot: Boot | None = None,
 ) -> Iterator[Host]:
     __tracebackhide__ = True
-    lease = pool.lend(test=state.test, fresh=fresh, **options)
+    lease = pool.lend(test=state.test, fresh=boot is not None, boot=boot)
     state.leases.append(lease)
     yield lease.pooled.host
     try:

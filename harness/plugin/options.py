@@ -16,6 +16,7 @@ MARKERS = (
     "clause(id, ...): the clauses (harness/abi/clauses.toml) whose promise this test checks",
     "boot_without(option, ...): fresh_host is booted without these kernel options",
     "boot_with(option, ...): fresh_host is booted with these kernel options added",
+    "processor(name): fresh_host has this processor, where the target can have it",
     "lifecycle: a long sequence with a real guest; starts first, and its host stays under "
     "watch for a while after it",
 )

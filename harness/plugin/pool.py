@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import ConformanceError, HarnessError
+from harness.hosts.base import AS_USUAL, Boot
 from harness.hosts.leaks import find_leaks
 from harness.plugin.classify import HostsGivenUp
 
@@ -187,10 +188,10 @@ class HostPool:
         self._shared: PooledHost | None = None
         self._failures: list[str] = []
 
-    def start(self, *, test: str, **options: Sequence[str]) -> PooledHost:
+    def start(self, *, test: str, boot: Boot | None = None) -> PooledHost:
         """Start a host of its own for a test.
 
-        :param options: ``without_options`` and ``with_options`` of :meth:`Target.start`.
+        :param boot: how to boot it, where not as usual.
         :raises HostsGivenUp: starting failed too often before; nothing was tried.
         :raises HarnessError: what the target raises; it is remembered.
         """
@@ -205,22 +206,20 @@ class HostPool:
         evidence.mkdir(parents=True, exist_ok=True)
         self._on_phase(f"start host {name}")
         try:
-            # Most hosts are restored, not booted: options are for those that are.
-            given = {key: value for key, value in options.items() if value}
-            host = self._target.start(name=name, evidence=evidence, **given)
+            host = self._target.start(name=name, evidence=evidence, boot=boot or AS_USUAL)
         except BaseException:
             self._failures.append(test)
             raise
         self._failures.clear()
         return PooledHost(host)
 
-    def lend(self, *, test: str, fresh: bool = False, **options: Sequence[str]) -> Lease:
+    def lend(self, *, test: str, fresh: bool = False, boot: Boot | None = None) -> Lease:
         """Lend a host to one test; the lease must be finished whatever happens.
 
         :param fresh: start a host for this test alone, and end it with the test.
-        :param options: kernel options of a fresh host, as for :meth:`start`.
+        :param boot: how to boot a fresh host, where not as usual.
         """
-        pooled = self.start(test=test, **options) if fresh else self._take(test)
+        pooled = self.start(test=test, boot=boot) if fresh else self._take(test)
         return Lease(pooled, test=test, fresh=fresh)
 
     def _take(self, test: str) -> PooledHost:

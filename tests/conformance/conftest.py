@@ -68,6 +68,18 @@ def lab(
 
 
 @pytest.fixture
+def other_lab(
+    fresh_host: Host, profile: Profile, settings: Settings, evidence: Path, counters: SlotWriter
+) -> Iterator[Lab]:
+    """A lab on a host of its own."""
+    manager = SmallManager(fresh_host, profile=profile, cache=settings.cache)
+    lab = Lab(manager, evidence=evidence, counters=counters)
+    yield lab
+    lab.close()
+    manager.close()
+
+
+@pytest.fixture
 def vm(lab: Lab) -> SmallVm:
     """A guest with one vCPU, neither hooked nor running."""
     return lab.vm()

@@ -8,9 +8,8 @@ what all other files run on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import test_cr as cr
@@ -21,13 +20,9 @@ import test_page_races as races
 from lab import Lab
 from pages import NONE, R, X
 
-from harness.abi import Profile
-from harness.counters import SlotWriter
-from harness.hosts import Host
-from harness.manager.small import PARAMETER, SmallManager
+from harness.manager.small import PARAMETER
 from harness.plugin import skip_clause
 from harness.plugin.fixtures import ClauseNotes, OnFailure
-from harness.settings import Settings
 
 TWO_DIMENSIONAL = {"AMD": "/sys/module/kvm_amd/parameters/npt",
                    "Intel": "/sys/module/kvm_intel/parameters/ept"}  # fmt: skip
@@ -60,18 +55,6 @@ SHADOW_ONLY: list[Part] = [
     partial(cr.test_deselect, cr=3),
     cr.test_new_page_tables,
 ]
-
-
-@pytest.fixture
-def other_lab(
-    fresh_host: Host, profile: Profile, settings: Settings, evidence: Path, counters: SlotWriter
-) -> Iterator[Lab]:
-    """A lab on a host of its own."""
-    manager = SmallManager(fresh_host, profile=profile, cache=settings.cache)
-    lab = Lab(manager, evidence=evidence, counters=counters)
-    yield lab
-    lab.close()
-    manager.close()
 
 
 def _run(lab: Lab, parts: list[Part], clauses: ClauseNotes, on_failure: OnFailure) -> None:

@@ -56,11 +56,12 @@ class Host:
 class Target:
     name = "fake"
     boots = True
+    processors = ()
     patience = 1.0
     started = []
     fail = None
 
-    def start(self, *, name, evidence):
+    def start(self, *, name, evidence, boot):
         if Target.fail is not None:
             raise Target.fail
         host = Host(name, evidence)

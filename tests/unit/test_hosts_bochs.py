@@ -124,7 +124,12 @@ def test_configuration_of_both_builds(tmp_path: Path) -> None:
     place = Place("w0", tmp_path / "a, b")
     for program in (BUILT, DEBIAN):
         text = _configuration(
-            program, place, medium=Path("/x, y/medium"), memory_mb=512, script=Path("/z, s")
+            program,
+            place,
+            medium=Path("/x, y/medium"),
+            processor="tigerlake",
+            memory_mb=512,
+            script=Path("/z, s"),
         )
         assert f'dev="{tmp_path}/a, b/console.log"' in text
         assert 'path="/x, y/medium"' in text
@@ -193,7 +198,11 @@ def machine(tmp_path: Path) -> Iterator[BochsMachine]:
     (tmp_path / "medium").write_bytes(medium._medium(code, parts))
     program = find_program("bochs-bin", debugger=True, ticks_per_us=200)
     made = BochsMachine.start(
-        program, Place("unit", tmp_path), medium=tmp_path / "medium", memory_mb=256
+        program,
+        Place("unit", tmp_path),
+        medium=tmp_path / "medium",
+        processor="tigerlake",
+        memory_mb=256,
     )
     yield made
     made.close()
