@@ -9,15 +9,17 @@ clauses; it is killed when every one of them has a FAIL. A survivor shows a hole
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import paths
+from harness.build.kernel import build_kernel
 from harness.build.progress import note
 from harness.conform import conform
 from harness.errors import BuildError, ConformanceError, InfraError, UsageError
@@ -31,6 +33,7 @@ __all__ = ["MUTANTS", "Mutant", "load_mutants", "run"]
 
 MUTANTS = paths.ROOT / "tests" / "mutants"
 SUITE = "tests/conformance"
+_ROOT = "mutants"
 
 # Kinds of the cache that hold what depends on the mutated kernel. They are made in a cache
 # beside the usual one and thrown away after each mutant: a saved host takes a gigabyte.
@@ -123,10 +126,9 @@ def run(settings: Settings, *, select: str | None = None) -> int:
                 hint="mend that first: on these clauses nothing can be learned from mutants",
             )
     results = []
-    for number, mutant in enumerate(chosen, 1):
-        note(f"Mutant {number} of {len(chosen)}: {mutant.name}")
-        results.append(_run(settings, mutant))
-        note(f"Mutant {mutant.name}: {_verdict(results[-1])}")
+    for result in _each(settings, chosen):
+        results.append(result)
+        note(f"Mutant {len(results)} of {len(chosen)}, {result.mutant.name}: {_verdict(result)}")
     survivors = [result for result in results if result.survived]
     print(f"\n{len(results) - len(survivors)} of {len(results)} mutants were noticed")
     for result in survivors:
@@ -145,18 +147,23 @@ def _verdict(result: _Result) -> str:
     return f"noticed by {', '.join(result.mutant.red)}"
 
 
-def _run(settings: Settings, mutant: Mutant) -> _Result:
-    with _mutated(settings, mutant) as mutated:
-        try:
-            failed = _hold(mutated, mutant.red)
-        except BuildError as error:
-            raise BuildError(
-                f"mutant {mutant.name}: {error.message}",
-                hint=f"make {mutant.patch} follow the series",
-                details=error.details,
-            ) from error
-    survived = tuple(clause for clause in mutant.red if clause not in failed)
-    return _Result(mutant, survived, last_run(_reports(settings)))
+def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
+    """What became of each mutant. While one is tested the next is built."""
+    root = settings.cache / _ROOT
+    shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="mutants") as builder:
+            ahead = builder.submit(_build, settings, mutants[0])
+            for mutant, following in itertools.zip_longest(mutants, mutants[1:]):
+                mutated = ahead.result()
+                if following is not None:
+                    ahead = builder.submit(_build, settings, following)
+                failed = _hold(mutated, mutant.red)
+                shutil.rmtree(mutated.cache, ignore_errors=True)
+                survived = tuple(clause for clause in mutant.red if clause not in failed)
+                yield _Result(mutant, survived, last_run(_reports(settings)))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def _hold(settings: Settings, clauses: Sequence[str]) -> list[str]:
@@ -174,24 +181,28 @@ def _alone(settings: Settings, target: str) -> Settings:
     )
 
 
-@contextmanager
-def _mutated(settings: Settings, mutant: Mutant) -> Iterator[Settings]:
-    """Settings with the mutant's series and a cache for what is made of it."""
+def _build(settings: Settings, mutant: Mutant) -> Settings:
+    """Build a mutant; answer settings with its series and a cache for what is made of it."""
     usual = settings.cache
-    root = usual / "mutants"
-    shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
-    root.mkdir(parents=True)
+    root = usual / _ROOT / mutant.name
+    series = root / "linux"
     try:
+        series.mkdir(parents=True)
         for kind in usual.iterdir():
-            if kind.is_dir() and kind.name not in (*_PASSING, root.name):
+            if kind.is_dir() and kind.name not in (*_PASSING, _ROOT):
                 (root / kind.name).symlink_to(kind)
-        series = root / "linux"
-        series.mkdir()
         for patch in sorted(settings.kernel_series.glob("*.patch")):
             shutil.copy(patch, series)
         shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
-        yield dataclasses.replace(_alone(settings, mutant.target), cache=root, kernel_series=series)
     except OSError as error:
         raise InfraError(f"mutant {mutant.name}: {error}") from error
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    mutated = dataclasses.replace(_alone(settings, mutant.target), cache=root, kernel_series=series)
+    try:
+        build_kernel(mutated)
+    except BuildError as error:
+        raise BuildError(
+            f"mutant {mutant.name}: {error.message}",
+            hint=f"make {mutant.patch} follow the series",
+            details=error.details,
+        ) from error
+    return mutated
