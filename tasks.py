@@ -21,7 +21,8 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from harness.errors import HarnessError, UsageError
-from harness.settings import Settings, load_settings
+from harness.series import FORMS
+from harness.settings import Settings, load_settings, with_series
 
 _INTERRUPTED = 130
 
@@ -54,15 +55,15 @@ def _ready(**options: Any) -> Settings:
 
     settings = load_settings(**options)
     ensure_packages(settings.cache / "logs" / "packages.log", packages_for(settings))
-    return settings
+    return with_series(settings)
 
 
 _OPTIONS = {
     "target": "what provides the hosts: auto, kvm, tcg, bochs, ssh",
     "ssh_host": "the machine of target ssh, such as root@name:22",
     "workers": "test processes, each with a host of its own",
-    "kernel_series": "directory of the kernel's patches",
-    "qemu_series": "directory of QEMU's patches",
+    "kernel_series": f"the kernel's patches: {FORMS}",
+    "qemu_series": "QEMU's patches, likewise",
     "flavour": "kernel configuration fragment on top of base",
     "kernel": "a bzImage that was built elsewhere, instead of the series",
     "reports": "directory of the reports",
@@ -216,9 +217,8 @@ def tree_edit(
     """Make a git tree with a series as commits, to work in."""
     from harness.build.edit import edit
 
-    place = edit(
-        _for_series(which, series), which, directory=Path(directory) if directory else None
-    )
+    settings = with_series(_for_series(which, series))
+    place = edit(settings, which, directory=Path(directory) if directory else None)
     print(f"{place}: commit or amend there, then: inv tree.refresh {which}")
 
 

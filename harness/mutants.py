@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from harness import paths
 from harness.build.kernel import build_kernel
 from harness.build.progress import note
+from harness.build.series import load_series
 from harness.conform import conform
 from harness.errors import BuildError, ConformanceError, InfraError, UsageError
 from harness.report.model import Outcome
@@ -191,8 +192,8 @@ def _build(settings: Settings, mutant: Mutant) -> Settings:
         for kind in usual.iterdir():
             if kind.is_dir() and kind.name not in (*_PASSING, _ROOT):
                 (root / kind.name).symlink_to(kind)
-        for patch in sorted(settings.kernel_series.glob("*.patch")):
-            shutil.copy(patch, series)
+        for patch in load_series(settings.kernel_series).patches:
+            shutil.copy(patch.path, series)
         shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
     except OSError as error:
         raise InfraError(f"mutant {mutant.name}: {error}") from error

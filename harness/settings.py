@@ -9,6 +9,7 @@ the command. A name that nobody knows or a value of the wrong kind is a
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ import msgspec
 from harness import paths
 from harness.errors import UsageError
 from harness.resources import fitting_workers, free_cores
+from harness.series import anchored, fetched
 
-__all__ = ["FILE_NAME", "Settings", "load_settings"]
+__all__ = ["FILE_NAME", "Settings", "load_settings", "with_series"]
 
 FILE_NAME = "kvmi-harness.toml"
 _OPTIONS = "options"
@@ -44,10 +46,11 @@ class Settings:
     """Test processes, each with its own host; by default what fits into the machine."""
     abi: _Name = "v12"
     """The profile of the interface that the kernel under test is held to."""
-    kernel_series: Path = paths.KERNEL_CONFIG / "linux"
-    """Directory of the kernel's patches, applied in the order of their names."""
-    qemu_series: Path = paths.KERNEL_CONFIG / "qemu"
-    """Directory of QEMU's patches."""
+    kernel_series: Path | str = paths.KERNEL_CONFIG / "linux"
+    """The kernel's patches: a directory of them, applied in the order of their names. Before
+    :func:`with_series` it may be another form that :mod:`harness.series` knows."""
+    qemu_series: Path | str = paths.KERNEL_CONFIG / "qemu"
+    """QEMU's patches, in the same forms."""
     flavour: _Name = "base"
     """Kernel configuration: ``base``, or a further fragment of this name on top of it."""
     kernel: Path | None = None
@@ -104,6 +107,19 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
     return Settings(**values)
 
 
+def with_series(settings: Settings) -> Settings:
+    """The settings with both series as directories of patches, fetched where need be.
+
+    :raises UsageError: a series is not there, or not whole.
+    :raises BuildError: it could not be fetched.
+    """
+    return dataclasses.replace(
+        settings,
+        kernel_series=fetched(settings.kernel_series, root=settings.cache),
+        qemu_series=fetched(settings.qemu_series, root=settings.cache),
+    )
+
+
 def _read(source: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(source.read_text(encoding="utf-8"))
@@ -133,6 +149,9 @@ def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any
                     f"{where}: {key} = {value!r} is not a path", hint='a path is text: "…"'
                 )
             checked[key] = base / Path(value).expanduser()
+            continue
+        if _TYPES[key] == Path | str:
+            checked[key] = anchored(str(value), base=base)
             continue
         try:
             # Options of a command are all text; a file says what is a number.

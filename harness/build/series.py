@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import PatchError, UsageError
+from harness.series import FORMS, read_mail
 
 __all__ = ["Patch", "Series", "failure", "load_series"]
 
@@ -62,6 +63,32 @@ class Series:
 
     directory: Path
     patches: tuple[Patch, ...]
+    cover: bytes = b""
+    """The cover letter, if there is one."""
+
+    @property
+    def title(self) -> str:
+        """That of the cover letter, or else of the first patch; empty without patches."""
+        if self.cover:
+            return read_mail(self.cover).title
+        return self.patches[0].subject if self.patches else ""
+
+    @property
+    def made_for(self) -> str:
+        """What its authors made it on, where they say so, for people."""
+        mails = [read_mail(text) for text in (self.cover, *(p.content for p in self.patches))]
+        base = next((mail.base_commit for mail in mails if mail.base_commit), "")
+        before = len({one for mail in mails for one in mail.prerequisites})
+        if not base:
+            return ""
+        more = f" with {before} more patches before it" if before else ""
+        return f"commit {base[:12]}{more}"
+
+    @property
+    def patchset_hash(self) -> str:
+        """As KCIDB defines it: SHA-256 over the patches' SHA-256, each on a line of its own."""
+        sums = [hashlib.sha256(patch.content).hexdigest() + "\n" for patch in self.patches]
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
 
     @property
     def digest(self) -> str:
@@ -81,33 +108,36 @@ class Series:
         return set().union(*(patch.touched() for patch in self.patches))
 
 
-def load_series(directory: Path) -> Series:
+def load_series(directory: Path | str) -> Series:
     """Read ``directory/*.patch``.
 
-    :raises UsageError: it is no directory, or a file in it cannot be read.
+    :raises UsageError: it is no directory, or a file in it cannot be read. A series in
+        another form has to be fetched first: :func:`harness.settings.with_series`.
     """
+    directory = Path(directory)
     if not directory.is_dir():
         raise UsageError(
             f"the series {directory} is no directory",
-            hint="a series is a directory of git format-patch files; it may be empty",
+            hint=f"a series is {FORMS}",
         )
     try:
-        patches = [
-            Patch(path, path.read_bytes())
-            for path in sorted(directory.glob("*.patch"))
-            # format-patch's cover letter is text for people.
-            if not path.name.startswith("0000-")
-        ]
+        files = [Patch(path, path.read_bytes()) for path in sorted(directory.glob("*.patch"))]
     except OSError as error:
         raise UsageError(f"the series {directory} cannot be read: {error}") from error
-    return Series(directory, tuple(patches))
+    # format-patch's cover letter is text for people.
+    covers = [file for file in files if file.name.startswith("0000-")]
+    patches = [file for file in files if file not in covers]
+    return Series(directory, tuple(patches), covers[0].content if covers else b"")
 
 
-def failure(patch: Patch, complaint: str, *, base: str, kind: str) -> PatchError:
+def failure(
+    patch: Patch, complaint: str, *, base: str, kind: str, made_for: str = ""
+) -> PatchError:
     """The error for a patch that ``git apply`` refused with ``complaint``.
 
     :param base: what it was applied to, for people.
     :param kind: ``kernel`` or ``qemu``, as the tree tasks call it.
+    :param made_for: what the series says it was made for, if it does.
     """
     text = patch.content.decode(errors="replace")
     hunk = ""
@@ -122,8 +152,9 @@ def failure(patch: Patch, complaint: str, *, base: str, kind: str) -> PatchError
         where = f"{found['file']}: {found['why']}"
     else:
         where = complaint.strip().splitlines()[0] if complaint.strip() else "git gave no reason"
+    other = f" (the series says that it is for {made_for})" if made_for else ""
     return PatchError(
-        f"patch {patch.name} does not apply to {base}: {where}",
+        f"patch {patch.name} does not apply to {base}{other}: {where}",
         hint=(
             f"`inv tree.edit {kind}` makes a tree in which to correct it, "
             f"`inv tree.refresh {kind}` writes the series back"

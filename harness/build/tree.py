@@ -100,7 +100,9 @@ class SourceTree:
             if applied.returncode != 0:
                 complaint = applied.stderr.decode(errors="replace")
                 refuse_full_disk(complaint, self.place, what="applying patches")
-                raise failure(patch, complaint, base=self._base, kind=self._kind)
+                raise failure(
+                    patch, complaint, base=self._base, kind=self._kind, made_for=series.made_for
+                )
         tree = self._run("write-tree", index="new-index").strip()
         # --reset also repairs files that a killed predecessor had half written.
         self._run("read-tree", "--reset", "-u", tree, index="index")
