@@ -23,7 +23,7 @@ __all__ = ["HEADER", "Codec", "frame"]
 HEADER = struct.Struct("<HHI")
 
 _ERROR_CODE = struct.Struct("<iI")
-_EVENT_START = struct.Struct("<HHHHHH")
+_SIZE_AND_VCPU = struct.Struct("<HH")
 _EVENT_REPLY = struct.Struct("<HHIBBHI")
 
 
@@ -39,18 +39,27 @@ class Codec:
         self.profile = profile
         s = profile.structs
         self._vcpu_hdr = s["kvmi_vcpu_hdr"]
-        self._event_hdr = s["kvmi_event_hdr"]
-        self._common = s["kvmi_vcpu_event"]
-        self._reply_common = s["kvmi_vcpu_event_reply"]
-        self._common_end = self._event_hdr.size + self._common.size
-        #: Where a vCPU event has its kvmi_vcpu_event_arch.
-        self.arch_offset = self._event_hdr.size + self._common.field("arch").offset
+        self._header = profile.event_header
+        self._common = profile.event_common
+        # Where an event has its common part.
+        self._start = self._header.size if self._header else 0
+        self._common_end = self._start + self._common.size
+        arch = self._common.field("arch")
+        assert arch.struct is not None
+        #: The state of the vCPU in its events, and where it is.
+        self.arch: Struct = arch.struct
+        self.arch_offset = self._start + arch.offset
+        # Which event it is, is told by the header, or else by the common part.
+        teller = (self._header or self._common).field("event")
+        self._number = slice(teller.offset, teller.offset + teller.size)
+        self._zero = slice(teller.offset + teller.size, self._start)
         self._actions = profile.names["action"]
         # By event id: the event, its exact payload size, and the id of its message.
         self._event_forms: dict[int, tuple[Event, int, int]] = {}
         for event in profile.events.values():
             own = event.payload.size if event.payload else 0
-            start = self._common_end if event.is_vcpu else self._event_hdr.size
+            whole = event.is_vcpu or self._header is None
+            start = self._common_end if whole else self._start
             message_id = profile.vcpu_event if event.is_vcpu else profile.vm_event
             self._event_forms[event.id] = (event, start + own, message_id)
 
@@ -214,7 +223,8 @@ class Codec:
         start = _ERROR_CODE.size
         if command.reply_data is not None:
             if asked is not None:
-                _check_size(what, start + len(body), start + asked[command.reply_data])
+                due = asked[command.reply_data] * command.reply_unit
+                _check_size(what, start + len(body), start + due)
             return EMPTY, body
         if command.reply is None:
             _check_size(what, start + len(body), start)
@@ -249,55 +259,56 @@ class Codec:
 
         :raises MalformedMessage: unknown event id, wrong message id or size, padding not zero.
         """
-        if len(payload) < self._event_hdr.size:
+        first = self._header or self._common
+        if len(payload) < first.size:
             raise MalformedMessage(
-                f"event (seq {seq}): kvmi_event_hdr has {len(payload)} bytes, "
-                f"expected {self._event_hdr.size}"
+                f"event (seq {seq}): {first.name} has {len(payload)} bytes, expected {first.size}"
             )
-        number = payload[0] | payload[1] << 8
+        number = int.from_bytes(payload[self._number], "little")
         form = self._event_forms.get(number)
         if form is None:
             raise MalformedMessage(
-                f"event (seq {seq}): kvmi_event_hdr.event is {number}, "
+                f"event (seq {seq}): {first.name}.event is {number}, "
                 f"which {self.profile.name} does not know"
             )
         event, size, message_id = form
-        if len(payload) != size or payload[2:8] != b"\0\0\0\0\0\0" or id != message_id:
+        if len(payload) != size or any(payload[self._zero]) or id != message_id:
             what = f"event {event.name} (seq {seq})"
             if id != message_id:
                 raise MalformedMessage(f"{what}: kvmi_msg_hdr.id is {id}, expected {message_id}")
             _check_size(what, len(payload), size)
-            self._event_hdr.check_padding(payload, what=what)
-        if not event.is_vcpu:
+            first.check_padding(payload, what=what)
+        if self._header is not None and not event.is_vcpu:
             return event, None
-        own_size = payload[8] | payload[9] << 8
+        # With these two, the common part begins in all versions.
+        own_size, vcpu = _SIZE_AND_VCPU.unpack_from(payload, self._start)
         if own_size != self._common.size:
             raise MalformedMessage(
-                f"event {event.name} (seq {seq}): kvmi_vcpu_event.size is {own_size}, "
+                f"event {event.name} (seq {seq}): {self._common.name}.size is {own_size}, "
                 f"expected {self._common.size}"
             )
         if event.payload is not None:
             event.payload.check_padding(
                 payload, self._common_end, what=f"event {event.name} (seq {seq})"
             )
-        return event, payload[10] | payload[11] << 8
+        return event, vcpu if event.is_vcpu else None
 
     def decode_event(self, id: int, payload: bytes, *, seq: int = 0) -> EventBody:
         """The whole event, checked as :meth:`check_event` does."""
         event, vcpu = self.check_event(id, payload, seq=seq)
         if vcpu is None:
-            return EventBody(event.name, None, None, EMPTY)
+            return EventBody(event.name, None, None, self.event_fields(event, payload))
         return EventBody(
             event.name,
             vcpu,
             self.event_common(payload),
             self.event_fields(event, payload),
-            self._common.dirty_lax_padding(payload, self._event_hdr.size),
+            self.dirty_padding(payload),
         )
 
     def event_common(self, payload: bytes) -> Record:
-        """The record kvmi_vcpu_event of a vCPU event that was checked."""
-        return self._common.unpack(payload, self._event_hdr.size)
+        """The record of the common part of a vCPU event that was checked."""
+        return self._common.unpack(payload, self._start)
 
     def event_fields(self, event: Event, payload: bytes) -> Record:
         """The event's own part, of an event that was checked."""
@@ -305,7 +316,7 @@ class Codec:
 
     def dirty_padding(self, payload: bytes) -> tuple[str, ...]:
         """Padding of a vCPU event's common part that is not zero (which nobody promised)."""
-        return self._common.dirty_lax_padding(payload, self._event_hdr.size)
+        return self._common.dirty_lax_padding(payload, self._start)
 
     def encode_event_reply(
         self,
@@ -321,7 +332,7 @@ class Codec:
         length: int | None = None,
         **fields: Any,
     ) -> bytes:
-        """Payload of the reply to a vCPU event (its message has the event's id and seq).
+        """Payload of the reply to a vCPU event (its message has the event's seq).
 
         :param action: name or any number. :param event_id: overrides the field of that meaning.
         :param length: cut or zero-extend to that many bytes.

@@ -153,6 +153,10 @@ class Struct:
             return last
         return last.struct.tail if last.struct and last.count is None else None
 
+    def has(self, name: str) -> bool:
+        """Whether there is a field of that name."""
+        return any(one.name == name for one in self.fields)
+
     def field(self, name: str) -> Field:
         """The field of that name; KeyError when there is none."""
         for one in self.fields:

@@ -23,8 +23,7 @@ __all__ = ["Command", "Event", "Ioctl", "Profile", "load_profile", "profile_name
 
 _IOC_WRITE = 1
 _KVMIO = 0xAE
-_COMMON_ERRORS = ("KVM_ENOSYS", "KVM_EPERM")
-_COMMON_VCPU_ERRORS = (*_COMMON_ERRORS, "KVM_EINVAL", "KVM_EAGAIN")
+_VCPU_ERRORS = ("KVM_EINVAL", "KVM_EAGAIN")
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,20 @@ class Command:
     """One command that the tool sends.
 
     ``request`` and ``reply`` are what follows the vCPU header and the error code, None when
-    nothing does. ``reply_data`` names the field of the request that tells how many bytes of data
-    a successful reply carries. ``short`` is what a request shorter than its struct meets: "" when
-    it is zero extended, the name of an error, or "close". ``errors`` are all errors that the
-    interface names for it, the common ones first.
+    nothing does. ``is_vcpu``: the request begins with a vCPU header, and a vCPU thread handles it.
+    ``reply_data`` names the field of the request that tells how many items of data, of
+    ``reply_unit`` bytes each, a successful reply carries. ``short`` is what a request shorter
+    than its struct meets: "" when it is zero extended, the name of an error, or "close".
+    ``errors`` are all errors that the interface names for it, the common ones first.
     """
 
     name: str
     id: int
+    is_vcpu: bool
     request: Struct | None
     reply: Struct | None
     reply_data: str | None
+    reply_unit: int
     always_allowed: bool
     short: str
     errors: tuple[str, ...]
@@ -52,23 +54,20 @@ class Command:
         """Name in the kernel's header."""
         return f"KVMI_{self.name}"
 
-    @property
-    def is_vcpu(self) -> bool:
-        """Whether the request begins with a vCPU header (and a vCPU thread handles it)."""
-        return self.id % 2 == 1
-
 
 @dataclass(frozen=True)
 class Event:
     """One event that the kernel sends.
 
     ``payload`` is what follows the common part, ``reply`` what follows the common part of the
-    reply; None when nothing does. ``actions`` are those that a reply may ask for, empty when the
+    reply; None when nothing does. ``is_vcpu``: a vCPU sends it, and waits for the reply.
+    ``actions`` are those that a reply may ask for, empty when the
     event has no reply. ``enabling`` is the command that switches it on, or implies it.
     """
 
     name: str
     id: int
+    is_vcpu: bool
     c_name: str
     payload: Struct | None
     reply: Struct | None
@@ -76,14 +75,9 @@ class Event:
     enabling: str
 
     @property
-    def is_vcpu(self) -> bool:
-        """Whether a vCPU sends it, and waits for the reply."""
-        return self.id % 2 == 1
-
-    @property
     def controllable(self) -> bool:
         """Whether a CONTROL_EVENTS command switches it on and off."""
-        return self.enabling.endswith("_CONTROL_EVENTS")
+        return self.enabling.endswith(("CONTROL_EVENTS", "CONTROL_VM_EVENTS"))
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,12 @@ class Ioctl:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """One version of the interface. Mappings are by name and read-only."""
+    """One version of the interface. Mappings are by name and read-only.
+
+    ``vm_event``, ``vcpu_event`` and ``event_reply`` are the ids of the messages that carry
+    events and their replies. A vCPU's event is ``event_header`` (None where the interface has
+    none, and the common part tells the event), ``event_common``, and the event's own part.
+    """
 
     name: str
     version: int
@@ -114,6 +113,10 @@ class Profile:
     module_parameter: str
     vm_event: int
     vcpu_event: int
+    event_reply: int
+    event_header: Struct | None
+    event_common: Struct
+    event_reply_common: Struct
     constants: Mapping[str, int]
     errno: Mapping[str, int]
     names: Mapping[str, Mapping[str, int]]
@@ -180,7 +183,7 @@ class Profile:
 
 
 def _short_event_name(name: str) -> str:
-    for prefix in ("KVMI_VCPU_EVENT_", "KVMI_VM_EVENT_", "VCPU_", "VM_"):
+    for prefix in ("KVMI_VCPU_EVENT_", "KVMI_VM_EVENT_", "KVMI_EVENT_", "VCPU_", "VM_"):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
@@ -194,6 +197,8 @@ class _Command(msgspec.Struct, forbid_unknown_fields=True):
     request: str = ""
     reply: str = ""
     reply_data: str = ""
+    reply_unit: int = 1
+    vcpu: bool | None = None
     always_allowed: bool = False
     short: str = ""
     errors: list[str] = []
@@ -204,6 +209,7 @@ class _Event(msgspec.Struct, forbid_unknown_fields=True):
     c_name: str
     actions: list[str]
     enabling: str
+    vcpu: bool | None = None
     payload: str = ""
     reply: str = ""
 
@@ -230,6 +236,11 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     module_parameter: str
     vm_event: int
     vcpu_event: int
+    event_reply: int
+    event_header: str
+    event_common: str
+    event_reply_common: str
+    unknown_command: str
     constants: dict[str, int]
     errno: dict[str, int]
     names: dict[str, dict[str, int]]
@@ -273,6 +284,9 @@ def _profile(raw: _File) -> Profile:
             raise UsageError(f"ABI profile {raw.abi}: there is no struct {name}")
         return structs[name] if name else None
 
+    for needed in (raw.event_common, raw.event_reply_common):
+        find(needed)
+
     ioctls = {
         name: Ioctl(name, i.nr, i.request, find(i.argument), tuple(i.errors))
         for name, i in raw.ioctls.items()
@@ -281,12 +295,14 @@ def _profile(raw: _File) -> Profile:
         name: Command(
             name=name,
             id=c.id,
+            is_vcpu=_odd(c.id) if c.vcpu is None else c.vcpu,
             request=find(c.request),
             reply=find(c.reply),
             reply_data=c.reply_data or None,
+            reply_unit=c.reply_unit,
             always_allowed=c.always_allowed,
             short=c.short,
-            errors=_all_errors(c),
+            errors=_all_errors(c, raw.unknown_command),
         )
         for name, c in raw.commands.items()
     }
@@ -294,6 +310,7 @@ def _profile(raw: _File) -> Profile:
         name: Event(
             name=name,
             id=e.id,
+            is_vcpu=_odd(e.id) if e.vcpu is None else e.vcpu,
             c_name=e.c_name,
             payload=find(e.payload),
             reply=find(e.reply),
@@ -311,6 +328,10 @@ def _profile(raw: _File) -> Profile:
         module_parameter=raw.module_parameter,
         vm_event=raw.vm_event,
         vcpu_event=raw.vcpu_event,
+        event_reply=raw.event_reply,
+        event_header=find(raw.event_header),
+        event_common=structs[raw.event_common],
+        event_reply_common=structs[raw.event_reply_common],
         constants=MappingProxyType(raw.constants),
         errno=MappingProxyType(raw.errno),
         names=MappingProxyType(raw.names),
@@ -323,10 +344,15 @@ def _profile(raw: _File) -> Profile:
     return profile
 
 
-def _all_errors(command: _Command) -> tuple[str, ...]:
-    common: tuple[str, ...] = _COMMON_VCPU_ERRORS if command.id % 2 else _COMMON_ERRORS
-    if command.always_allowed:
-        common = ("KVM_ENOSYS",)
+def _odd(id: int) -> bool:
+    """In v12, the lowest bit of an id says that it is about a vCPU."""
+    return id % 2 == 1
+
+
+def _all_errors(command: _Command, unknown: str) -> tuple[str, ...]:
+    is_vcpu = _odd(command.id) if command.vcpu is None else command.vcpu
+    refused = () if command.always_allowed else ("KVM_EPERM",)
+    common = (unknown, *refused, *(_VCPU_ERRORS if is_vcpu else ()))
     return tuple(dict.fromkeys((*common, *command.errors)))
 
 
@@ -334,13 +360,13 @@ def _check(profile: Profile) -> None:
     """:raises UsageError: ids, names or request values that do not fit together."""
     faults = []
     for command in profile.commands.values():
-        if command.name.startswith("VCPU_") != command.is_vcpu:
+        if command.name.startswith("VM_" if command.is_vcpu else "VCPU_"):
             faults.append(f"command {command.name} must not have id {command.id}")
         faults += [
             f"{command.name}: no error {e}" for e in command.errors if e not in profile.errno
         ]
     for event in profile.events.values():
-        if event.c_name.startswith("KVMI_VCPU_") != event.is_vcpu:
+        if event.c_name.startswith("KVMI_VM_" if event.is_vcpu else "KVMI_VCPU_"):
             faults.append(f"event {event.name} must not have id {event.id}")
     for ioctl in profile.ioctls.values():
         size = ioctl.argument.size if ioctl.argument else 0

@@ -59,7 +59,7 @@ def read_event_reply(profile: Profile, payload: bytes) -> tuple[str, dict[str, A
     header, rest = _take(profile.structs["kvmi_vcpu_hdr"], payload)
     fields: dict[str, Any] = {"vcpu": header["vcpu"]}
     fields.update((f"hdr_{k}", v) for k, v in header.items() if k != "vcpu" and v)
-    layout = profile.structs["kvmi_vcpu_event_reply"]
+    layout = profile.event_reply_common
     common, rest = _take(layout, rest)
     fields["action"] = (
         name_of(profile, layout.field("action"), common["action"]) or common["action"]

@@ -42,7 +42,7 @@ def explain(
     """
     profile = codec.profile
     entry: dict[str, Any] = {"id": id, "seq": seq, "size": len(payload)}
-    if outgoing and id == profile.vcpu_event:
+    if outgoing and id == profile.event_reply:
         name, fields = read_event_reply(profile, payload)
         return {"kind": "event-reply", "name": name, **entry, "fields": _plain(fields)}
     if outgoing:
@@ -92,7 +92,7 @@ def _explain_event(
         return entry
     entry["vcpu"] = vcpu
     entry["fields"] = _record(codec, codec.event_fields(event, payload))
-    layout = codec.profile.structs["kvmi_vcpu_event_arch"]
+    layout = codec.arch
     start = codec.arch_offset
     arch: dict[str, Any] = {}
     for one in layout.fields:

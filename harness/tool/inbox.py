@@ -203,7 +203,7 @@ class Inbox:
         error: HarnessError = MalformedMessage(
             f"reply to {name}: kvmi_msg_hdr.seq is {seq}, and no command with it is waiting"
         )
-        if id != self.codec.profile.vcpu_event:
+        if id != self.codec.profile.event_reply:
             self.problem(error, payload)
             return
         try:

@@ -122,12 +122,12 @@ class Session:
     ) -> int:
         """Send any message and return its seq, for :meth:`reply_to`.
 
-        An event reply (message id 1) has no reply; see :meth:`refusal` for it.
+        An event reply (message id 1 in v12) has no reply; see :meth:`refusal` for it.
 
         :param seq: instead of the next one. :param size: what the header says instead of the
             truth; the kernel will then wait for bytes, or take these for the next message.
         """
-        if id == self.profile.vcpu_event:
+        if id == self.profile.event_reply:
             seq = self._take_seq() if seq is None else seq
             self._wire.send(frame(id, payload, seq, size=size))
             return seq
@@ -243,11 +243,11 @@ class Session:
         """
         if not event.definition.actions:
             raise UsageError(f"the event {event.name} has no answer: close the session instead")
-        if event.definition.reply is not None:
+        if event.definition.reply is not None and event.definition.reply.has("new_val"):
             fields.setdefault("new_val", event.fields.new_value)
         fields.setdefault("vcpu", event.vcpu)
         payload = self.codec.encode_event_reply(event.definition, action, **fields)
-        id = self.profile.vcpu_event if id is None else id
+        id = self.profile.event_reply if id is None else id
         self._wire.send(frame(id, payload, event.seq if seq is None else seq, size=size))
         event.answered = True
         if self._slot is not None:
