@@ -82,6 +82,7 @@ _OPTIONS = {
     "apart": "give the answering program a CPU of its own",
     "seed": "of the order in each round; of fuzz: any text (default: a new one)",
     "only": "these kinds, separated by blanks",
+    "output": "write it to this file",
     "days": "keep what was used in so many days",
 }
 
@@ -332,6 +333,17 @@ def report(_context: Context, run: str | None = None) -> int:
     return render(load_settings(), run=Path(run) if run else None)
 
 
+@_task("describe")
+def series_describe(
+    _context: Context, kernel_series: str | None = None, output: str | None = None
+) -> int:
+    """Make the description of a series from the headers that it adds; show what differs."""
+    from harness.series.describe import describe
+
+    settings = _ready(kernel_series=kernel_series)
+    return describe(settings, output=Path(output) if output else None)
+
+
 @_task()
 def mutants(_context: Context, select: str | None = None) -> int:
     """Break the kernel on purpose, one defect at a time; each must turn its clauses red."""
@@ -448,6 +460,7 @@ namespace = Collection(
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
     bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),
+    series=Collection(series_describe),
     host=Collection(host_up, host_ssh, host_down),
     guest=Collection(guest_up, guest_ssh),
 )

@@ -21,7 +21,7 @@ import msgspec
 from harness import paths
 from harness.errors import UsageError
 from harness.resources import fitting_workers, free_cores
-from harness.series import anchored, fetched
+from harness.series import anchored, described, fetched
 
 __all__ = ["FILE_NAME", "Settings", "load_settings", "with_series"]
 
@@ -110,13 +110,18 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
 def with_series(settings: Settings) -> Settings:
     """The settings with both series as directories of patches, fetched where need be.
 
-    :raises UsageError: a series is not there, or not whole.
+    A kernel series that comes with a description is held to the interface that this names.
+
+    :raises UsageError: a series is not there, or not whole, or its description is wrong.
     :raises BuildError: it could not be fetched.
     """
+    kernel = fetched(settings.kernel_series, root=settings.cache)
+    description = described(kernel)
     return dataclasses.replace(
         settings,
-        kernel_series=fetched(settings.kernel_series, root=settings.cache),
+        kernel_series=kernel,
         qemu_series=fetched(settings.qemu_series, root=settings.cache),
+        abi=description.revision if description else settings.abi,
     )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "build_kernel",
     "compiler",
     "half_written_removed",
+    "patched_source",
     "resolve_options",
     "uapi_headers",
 ]
@@ -159,10 +160,9 @@ def _make(
     fragments: list[Path],
     progress: Step,
 ) -> None:
-    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
-    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+    tree = _tree(settings, source)
     log = settings.cache / "logs" / "kernel.log"
-    build = place / f"build-{settings.flavour}"
+    build = tree.place / f"build-{settings.flavour}"
     first = not build.is_dir()
     purpose = "building the kernel"
     cache.require_space(settings.cache, megabytes=_SPACE_AGAIN_MB, purpose=purpose)
@@ -258,8 +258,35 @@ def uapi_headers(settings: Settings) -> Iterator[tuple[Path, Path]]:
 
     :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
     """
-    with _source_under_test(settings) as (tree, _build, _lock):
-        yield tree.src / "include/uapi", tree.src / "arch/x86/include/uapi"
+    with patched_source(settings) as src:
+        yield src / "include/uapi", src / "arch/x86/include/uapi"
+
+
+@contextmanager
+def patched_source(settings: Settings) -> Iterator[Path]:
+    """The source with the series applied, unpacked now if it never was. Nobody changes it until
+    the block ends.
+
+    :raises UsageError: the kernel was built elsewhere.
+    :raises PatchError: a patch does not apply.
+    """
+    if settings.kernel:
+        raise UsageError(
+            f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
+        )
+    source = linux_source(settings)
+    tree = _tree(settings, source)
+    log = settings.cache / "logs" / "kernel.log"
+    with tree.locked():
+        with step(f"Unpack {source.name}") as progress:
+            tree.prepare(lambda into: unpack(source, into, log=log, progress=progress))
+        tree.switch(load_series(settings.kernel_series))
+        yield tree.src
+
+
+def _tree(settings: Settings, source: Source) -> SourceTree:
+    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
+    return SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
 
 
 @contextmanager
@@ -271,11 +298,10 @@ def _source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, i
         )
     series = load_series(settings.kernel_series)
     source = linux_source(settings)
-    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
-    build = place / f"build-{settings.flavour}"
+    tree = _tree(settings, source)
+    build = tree.place / f"build-{settings.flavour}"
     if not build.is_dir():
-        raise UsageError(f"{place} has no build directory", hint="`inv build.kernel` makes it")
-    tree = SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+        raise UsageError(f"{tree.place} has no build directory", hint="`inv build.kernel` makes it")
     with tree.locked() as lock:
         tree.switch(series)
         yield tree, build, lock
