@@ -114,7 +114,7 @@ class MessageCases:
 
         linger_ms = 0
         if rng.random() < 0.5:
-            linger_ms = rng.choice((0, 5, 10))
+            linger_ms = rng.choice((0, 10, 40))
             for id, payload in self._enable_events(rng, guest):
                 add(id, payload)
         for _ in range(min(left, int(rng.expovariate(1 / 60)) + 1)):
