@@ -9,18 +9,22 @@
  *	counter [MS]	a clockwork in the background, ticking every MS milliseconds
  *	memory		a page that stays in place and can be looked at
  *	nested N	N rounds of a guest of this guest
+ *	vsock PORT	one vsock connection to that port, passed on to and from here
  *
  * Linked statically: the guest has no C library.
  */
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <linux/vm_sockets.h>
 #include <time.h>
 #include <unistd.h>
 #include <cpuid.h>
@@ -285,6 +289,58 @@ static int do_memory(void)
 	return 0;
 }
 
+/* ---- vsock --------------------------------------------------------------- */
+
+static void pass_on(int from, int to)
+{
+	char buffer[16384];
+	ssize_t size, sent, done;
+
+	size = read(from, buffer, sizeof(buffer));
+	if (size <= 0)
+		exit(0);
+	for (sent = 0; sent < size; sent += done) {
+		done = write(to, buffer + sent, size - sent);
+		if (done <= 0)
+			exit(0);
+	}
+}
+
+/* The end of a connection for somebody who reaches this guest by SSH only. */
+static _Noreturn void do_vsock(uint64_t port)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port
+	};
+	int listener = socket(AF_VSOCK, SOCK_STREAM, 0);
+	struct pollfd both[2];
+	int peer;
+
+	if (listener < 0 || bind(listener, (void *)&address, sizeof(address)) ||
+	    listen(listener, 1))
+		die("vsock");
+	both[0] = (struct pollfd){ .fd = 0, .events = POLLIN };
+	both[1] = (struct pollfd){ .fd = listener, .events = POLLIN };
+	if (poll(both, 2, -1) < 0)
+		die("poll");
+	/* Nothing is sent to nobody, so this is the end of our input. */
+	if (both[0].revents)
+		exit(0);
+	peer = accept(listener, NULL, NULL);
+	if (peer < 0)
+		die("accept");
+	close(listener);
+	both[1].fd = peer;
+	for (;;) {
+		if (poll(both, 2, -1) < 0)
+			die("poll");
+		if (both[0].revents)
+			pass_on(0, peer);
+		if (both[1].revents)
+			pass_on(peer, 1);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "";
@@ -300,7 +356,9 @@ int main(int argc, char **argv)
 		return do_memory();
 	if (!strcmp(what, "nested") && argc == 3)
 		return do_nested(number(argv[2]), is_intel());
+	if (!strcmp(what, "vsock") && argc == 3)
+		do_vsock(number(argv[2]));
 	fprintf(stderr, "usage: kvmi-guest hypercall N | breakpoint N | counter [MS] | memory |"
-		" nested N\n");
+		" nested N | vsock PORT\n");
 	return 2;
 }

@@ -37,6 +37,7 @@ _CONFIGURE = (
     "--enable-system",
     "--enable-kvm",
     "--enable-slirp",  # the guests' network: no privileges, no bridge
+    "--enable-vhost-kernel",  # vsock into a guest that runs an introspection tool
     "--disable-tcg",  # the host runs its guests with KVM
     "--disable-docs",
     "--disable-tools",
