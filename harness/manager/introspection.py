@@ -12,11 +12,38 @@ import base64
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CHARDEV_ID", "OBJECT_ID", "SECRET_ID", "Introspection"]
+__all__ = [
+    "CHARDEV_ID",
+    "OBJECT_ID",
+    "SECRET_ID",
+    "Introspection",
+    "ToolAddress",
+    "UnixAddress",
+    "VsockAddress",
+]
 
 OBJECT_ID = "introspection0"
 CHARDEV_ID = "tool"
 SECRET_ID = "cookie"
+
+
+@dataclass(frozen=True)
+class UnixAddress:
+    """A UNIX socket in the host."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class VsockAddress:
+    """A vsock port of another guest on the same host, or of the host itself (cid 2)."""
+
+    cid: int
+    port: int
+
+
+#: Where a tool listens. A pair is a TCP host and port.
+ToolAddress = tuple[str, int] | UnixAddress | VsockAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +54,15 @@ class Introspection:
     """
 
     #: where the tool listens, as seen from the host
-    address: tuple[str, int]
+    address: ToolAddress
     #: the shared cookie; None: any tool is accepted
     key: bytes | None = None
+    #: the form of QEMU's record: ``max-gpa`` or ``e820``
+    handshake: str | None = None
     handshake_timeout_s: int | None = None
     unhook_timeout_s: int | None = None
     async_unhook: bool | None = None
+    unhook_on_shutdown: bool | None = None
     #: allowed command ids; empty: all
     commands: tuple[int, ...] = ()
     #: allowed event ids; empty: all
@@ -51,8 +81,14 @@ class Introspection:
 
     def chardev_option(self) -> str:
         """The value of ``-chardev``."""
-        host, port = self.address
-        return f"socket,id={CHARDEV_ID},host={host},port={port},reconnect-ms={self.reconnect_ms}"
+        match self.address:
+            case UnixAddress(path):
+                where = f"path={path}"
+            case VsockAddress(cid, port):
+                where = f"cid={cid},port={port}"
+            case (host, port):
+                where = f"host={host},port={port}"
+        return f"socket,id={CHARDEV_ID},{where},reconnect-ms={self.reconnect_ms}"
 
     def secret_option(self) -> str:
         """The value of ``-object`` for the key.
@@ -67,12 +103,16 @@ class Introspection:
         parts = [f"introspection,id={OBJECT_ID},chardev={CHARDEV_ID}"]
         if self.key is not None:
             parts.append(f"key={SECRET_ID}")
+        if self.handshake is not None:
+            parts.append(f"handshake={self.handshake}")
         if self.handshake_timeout_s is not None:
             parts.append(f"handshake_timeout={self.handshake_timeout_s}")
         if self.unhook_timeout_s is not None:
             parts.append(f"unhook_timeout={self.unhook_timeout_s}")
         if self.async_unhook is not None:
             parts.append(f"async_unhook={'on' if self.async_unhook else 'off'}")
+        if self.unhook_on_shutdown is not None:
+            parts.append(f"unhook_on_shutdown={'on' if self.unhook_on_shutdown else 'off'}")
         parts += [f"command={number}" for number in self.commands]
         parts += [f"event={number}" for number in self.events]
         return ",".join(parts)
@@ -81,13 +121,20 @@ class Introspection:
 
     def chardev_add(self) -> dict[str, Any]:
         """The arguments of ``chardev-add``."""
-        host, port = self.address
+        address: dict[str, Any]
+        match self.address:
+            case UnixAddress(path):
+                address = {"type": "unix", "data": {"path": path}}
+            case VsockAddress(cid, port):
+                address = {"type": "vsock", "data": {"cid": str(cid), "port": str(port)}}
+            case (host, port):
+                address = {"type": "inet", "data": {"host": host, "port": str(port)}}
         return {
             "id": CHARDEV_ID,
             "backend": {
                 "type": "socket",
                 "data": {
-                    "addr": {"type": "inet", "data": {"host": host, "port": str(port)}},
+                    "addr": address,
                     "server": False,
                     "reconnect-ms": self.reconnect_ms,
                 },
@@ -98,9 +145,11 @@ class Introspection:
         """The arguments of ``object-add`` for the introspection object."""
         optional: dict[str, Any] = {
             "key": SECRET_ID if self.key is not None else None,
+            "handshake": self.handshake,
             "handshake_timeout": self.handshake_timeout_s,
             "unhook_timeout": self.unhook_timeout_s,
             "async_unhook": self.async_unhook,
+            "unhook_on_shutdown": self.unhook_on_shutdown,
             "command": list(self.commands) or None,
             "event": list(self.events) or None,
         }

@@ -29,7 +29,7 @@ from harness.manager.introspection import Introspection
 from harness.manager.process import HostProgram
 from harness.manager.qmp import COMMAND_TIMEOUT_S, PendingAnswer, QmpLink
 
-__all__ = ["QemuGuest"]
+__all__ = ["IDLE", "QemuGuest"]
 
 # Below the host's directory of our files.
 QEMU = "qemu/bin/qemu-system-x86_64"
@@ -46,12 +46,16 @@ START_TIMEOUT_S = 20.0
 BOOT_TIMEOUT_S = 60.0
 _LOGIN_SLICE_S = 5.0
 
-#: Makes a firmware of 64 KiB that only waits for interrupts that never come: a machine
-#: that runs, costs no time, and has no operating system. The processor starts at the
-#: last 16 bytes, where `cli; 1: hlt; jmp 1b` stands.
-_MAKE_IDLE_FIRMWARE = (
-    "{{ head -c 65520 /dev/zero; printf '\\372\\364\\353\\375'; head -c 12 /dev/zero; }}"
-    " >{directory}/idle.bin"
+#: A firmware that only waits for interrupts that never come: a machine that runs, costs no
+#: time, and has no operating system. `cli; 1: hlt; jmp 1b`
+IDLE = bytes.fromhex("fa f4 eb fd")
+
+#: Makes a firmware of 64 KiB. The processor starts at its last 16 bytes, where `jmp 0xff00`
+#: stands.
+_CODE_ROOM = 0xF0
+_MAKE_FIRMWARE = (
+    "{{ head -c $((0xff00)) /dev/zero; printf %b '{code}'; head -c {rest} /dev/zero;"
+    " printf %b '\\0351\\0015\\0377'; head -c 13 /dev/zero; }} >{directory}/firmware.bin"
 )
 
 
@@ -81,6 +85,7 @@ class QemuGuest:
         incoming: str | None = None,
         paused: bool = False,
         accelerator: str = "kvm",
+        code: bytes = IDLE,
         extra: Sequence[str] = (),
     ) -> None:
         """Describe a guest; nothing happens in the host yet.
@@ -92,7 +97,9 @@ class QemuGuest:
         :param qmp_port: free TCP port of the host's loopback for QMP.
         :param ssh_port: free TCP port of the host's loopback that leads to the guest's
             SSH server; None makes a machine without an operating system or network,
-            which runs an endless ``hlt``.
+            which runs ``code``.
+        :param code: at most 240 bytes of code in segment 0xf000 at 0xff00, in ROM, where the
+            processor starts, in real mode.
         :param incoming: a migration address to wait on, such as ``unix:/run/x``.
         :param paused: leave the vCPUs stopped (``-S``).
         :param extra: further arguments of QEMU.
@@ -110,6 +117,7 @@ class QemuGuest:
         self.incoming = incoming
         self.paused = paused
         self.accelerator = accelerator
+        self.code = code
         self.extra = tuple(extra)
         self._program: HostProgram | None = None
         self._link: QmpLink | None = None
@@ -154,7 +162,7 @@ class QemuGuest:
 
     def _system_arguments(self) -> list[str]:
         if self.ssh_port is None:
-            return ["-bios", f"{self._directory}/idle.bin"]
+            return ["-bios", f"{self._directory}/firmware.bin"]
         return [
             "-kernel", f"{self.host.files}/{GUEST_KERNEL}",
             "-initrd", f"{self.host.files}/{GUEST_INITRD}",
@@ -169,7 +177,11 @@ class QemuGuest:
         """The shell commands that a host has to run before it runs :meth:`arguments`."""
         commands = f"mkdir -p {self._directory}"
         if self.ssh_port is None:
-            commands += " && " + _MAKE_IDLE_FIRMWARE.format(directory=self._directory)
+            octal = "".join(f"\\0{byte:03o}" for byte in self.code)
+            make = _MAKE_FIRMWARE.format(
+                code=octal, rest=_CODE_ROOM - len(self.code), directory=self._directory
+            )
+            commands += " && " + make
         return commands
 
     # -- life ----------------------------------------------------------------------
