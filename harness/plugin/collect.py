@@ -123,6 +123,8 @@ class Collect:
         wanted: list[str] = config.getoption("--kvmi-clause")
         if wanted:
             self._deselect(config, items, wanted)
+        if not config.option.keyword and not any(".py" in arg for arg in config.args):
+            _leave(config, items, [item for item in items if item.get_closest_marker("on_request")])
         if self._session.own:
             # With several workers the long ones must not be the last to start.
             items.sort(key=lambda item: not ((facts := facts_of(item)) and facts.lifecycle))
@@ -130,16 +132,13 @@ class Collect:
     def _deselect(
         self, config: pytest.Config, items: list[pytest.Item], patterns: list[str]
     ) -> None:
-        kept: list[pytest.Item] = []
         dropped: list[pytest.Item] = []
         for item in items:
             facts = facts_of(item)
             clauses = facts.clauses if facts else ()
-            hit = any(fnmatch.filter(clauses, pattern) for pattern in patterns)
-            (kept if hit else dropped).append(item)
-        items[:] = kept
-        if dropped:
-            config.hook.pytest_deselected(items=dropped)
+            if not any(fnmatch.filter(clauses, pattern) for pattern in patterns):
+                dropped.append(item)
+        _leave(config, items, dropped)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Save what this run owes a verdict on, for whoever outlives this process."""
@@ -158,6 +157,13 @@ class Collect:
             if (facts := facts_of(item))
         ]
         write_plan(self._session.run_dir, plan)
+
+
+def _leave(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
+    """Take these out of what runs, and say so."""
+    if dropped:
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=dropped)
 
 
 def _is_ours(item: pytest.Item) -> bool:

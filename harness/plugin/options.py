@@ -17,6 +17,7 @@ MARKERS = (
     "boot_without(option, ...): fresh_host is booted without these kernel options",
     "boot_with(option, ...): fresh_host is booted with these kernel options added",
     "processor(name): fresh_host has this processor, where the target can have it",
+    "on_request: runs only where it is asked for by name (of the test or its file)",
     "lifecycle: a long sequence with a real guest; starts first, and its host stays under "
     "watch for a while after it",
 )
