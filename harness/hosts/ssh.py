@@ -219,6 +219,11 @@ class RemoteProcess:
         self._write_lock = threading.Lock()
         self.stdout = RemoteOutput(channel, command)
 
+    @property
+    def channel(self) -> paramiko.Channel:
+        """Its standard input and output, for :func:`harness.hosts.host.join`."""
+        return self._channel
+
     def write(self, data: bytes) -> None:
         """Write to its standard input; may block while it does not read.
 

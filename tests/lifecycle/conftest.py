@@ -20,6 +20,7 @@ from harness.hosts.facts import NO_QEMU
 from harness.plugin import skip_clause
 from harness.plugin.beat import COUNTERS
 from harness.plugin.options import Session
+from harness.settings import Settings
 
 from .stage import Stage
 
@@ -42,9 +43,27 @@ def stage(
     """A host to put guests on, and tools for them; see the module ``stage``."""
     # Attached anew: what a test reads of the counter, it reads as any other process does.
     with attach(Session.of(request.config).run_dir / COUNTERS) as seen:
-        stage = Stage(host, profile=profile, evidence=evidence, slot=counters, seen=seen)
+        settings: Settings = request.getfixturevalue("settings")
+        stage = Stage(
+            host,
+            profile=profile,
+            evidence=evidence,
+            slot=counters,
+            seen=seen,
+            cache=settings.cache,
+        )
         request.getfixturevalue("on_failure")("guests", stage.guests)
         try:
             yield stage
         finally:
             stage.close()
+
+
+@pytest.fixture
+def other_stage(fresh_host: Host, stage: Stage) -> Iterator[Stage]:
+    """A second host beside that of ``stage``; guests can move from one to the other."""
+    other = stage.beside(fresh_host, transcript="transcript_other-host")
+    try:
+        yield other
+    finally:
+        other.close()

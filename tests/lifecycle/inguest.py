@@ -20,6 +20,7 @@ from harness.hosts.ssh import GuestShell, RemoteProcess
 __all__ = [
     "Background",
     "Calls",
+    "LastingPage",
     "NestedGuest",
     "Page",
     "Rounds",
@@ -205,3 +206,29 @@ class Page:
         trace: TracebackType | None,
     ) -> None:
         self._process.close()
+
+
+class LastingPage:
+    """A page like :class:`Page`, whose program outlives the way to it: it moves with its guest."""
+
+    def __init__(self, shell: GuestShell) -> None:
+        shell.run(
+            "mkfifo /run/ask && { sleep 99999 >/run/ask & "
+            "kvmi-guest memory </run/ask >/run/page 2>&1 & }"
+        )
+        self.gpa = int(_answer(shell, lines=1)["gpa"])
+        self._answers = 1
+
+    def look(self, shell: GuestShell) -> bytes:
+        """What the program sees in its page now, by whatever shell reaches it."""
+        self._answers += 1
+        shell.run("echo show >/run/ask")
+        return bytes.fromhex(_answer(shell, lines=self._answers)["hex"])
+
+
+def _answer(shell: GuestShell, *, lines: int) -> dict[str, Any]:
+    """The last of so many lines in /run/page, which may have to be waited for."""
+    done = shell.run(
+        f"until [ $(wc -l </run/page) -ge {lines} ]; do sleep 0.1; done; tail -n 1 /run/page"
+    )
+    return _last_line(done.stdout)

@@ -24,7 +24,8 @@ from harness.errors import ConformanceError, SilenceError
 from harness.hosts import Host
 from harness.hosts.ssh import GuestShell
 from harness.manager.describe import describe_session
-from harness.manager.introspection import Introspection
+from harness.manager.introspection import Introspection, ToolAddress
+from harness.manager.payloads import Payload
 from harness.manager.qemu import QemuGuest
 from harness.tool import (
     EventMessage,
@@ -37,6 +38,7 @@ from harness.tool import (
 )
 
 from .inguest import Calls, Traps, breakpoints, hypercalls
+from .ways import Relay
 
 __all__ = [
     "BREAKPOINT",
@@ -46,6 +48,7 @@ __all__ = [
     "Stage",
     "Tool",
     "ended",
+    "next_port",
     "refused_start",
     "wait_until",
 ]
@@ -85,6 +88,11 @@ NO_CONNECTION_S = 1.5
 _ports = itertools.count(20_000)
 
 
+def next_port() -> int:
+    """A TCP port of the host's loopback that no guest of this worker had yet."""
+    return next(_ports)
+
+
 def wait_until(
     reason: str, done: Callable[[], bool], *, timeout_s: float, interval_s: float = 0.1
 ) -> None:
@@ -116,17 +124,27 @@ def ended(sock: socket.socket, *, timeout_s: float) -> bool:
 class Tool:
     """The introspection tool's end: a listening socket, and sessions made on it."""
 
-    def __init__(self, stage: Stage, *, name: str, key: bytes | None, port: int = 0) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        name: str,
+        key: bytes | None,
+        port: int = 0,
+        way: Relay | None = None,
+    ) -> None:
         self.name = name
         self.key = key
-        self.listener = Listener(port=port)
+        self.listener: Listener | Relay = way or Listener(port=port)
         #: connections that QEMU ended without saying anything
         self.dropped = 0
         self._stage = stage
 
     @property
-    def address(self) -> tuple[str, int]:
+    def address(self) -> ToolAddress:
         """Where a program in the host reaches this tool."""
+        if isinstance(self.listener, Relay):
+            return self.listener.address
         return self._stage.host.tool_address(self.listener.port)
 
     def introspection(self, **options: Any) -> Introspection:
@@ -222,9 +240,13 @@ class Stage:
         evidence: Path,
         slot: SlotWriter,
         seen: Counters,
+        cache: Path,
+        transcript: str = "transcript",
     ) -> None:
         """Take what a test was given.
 
+        :param cache: where built things are kept, as in ``settings.cache``.
+        :param transcript: the name of the file of its messages.
         :param slot: the worker's slot of the event counter, which sessions count into.
         :param seen: the same counter, attached by itself, which the test reads.
         """
@@ -233,18 +255,27 @@ class Stage:
         self.evidence = evidence
         self.slot = slot
         self._seen = seen
-        self.transcript = Transcript(evidence / "transcript.jsonl", profile=profile)
+        self._cache = cache
+        self.transcript = Transcript(evidence / f"{transcript}.jsonl", profile=profile)
         self._sessions: list[Session] = []
         self._open = contextlib.ExitStack()
         self._open.callback(self.transcript.close)
 
-    def tool(self, name: str = "tool", *, key: bytes | None = None, port: int = 0) -> Tool:
+    def tool(
+        self,
+        name: str = "tool",
+        *,
+        key: bytes | None = None,
+        port: int = 0,
+        way: Relay | None = None,
+    ) -> Tool:
         """A tool that listens.
 
         :param key: the secret it shares with its guest.
         :param port: where, on the worker's loopback; 0: anywhere.
+        :param way: it listens elsewhere instead, and its connections are passed on to us.
         """
-        tool = Tool(self, name=name, key=key, port=port)
+        tool = Tool(self, name=name, key=key, port=port, way=way)
         self._open.callback(tool.close)
         return tool
 
@@ -274,6 +305,11 @@ class Stage:
         """
         options.setdefault("memory_mb", 16)
         return self._guest(tool, name=name, start=start, **options)
+
+    def payload(self, name: str) -> Payload:
+        """Firmware of ours, for the ``code`` of an idle machine on this host."""
+        amd = b"AuthenticAMD" in self.host.run("cat /proc/cpuinfo").stdout
+        return Payload.load(name, vendor="AMD" if amd else "Intel", root=self._cache)
 
     def linux(self, tool: Tool | None, *, name: str = "guest", **options: Any) -> QemuGuest:
         """A guest that boots Linux; it is on its way when this returns."""
@@ -351,6 +387,18 @@ class Stage:
         wrong = [f"{what}: {found}, not {due}" for what, due, found in facts if found != due]
         if wrong:
             raise ConformanceError("; ".join(wrong), details=f"{made}\n{met}")
+
+    def beside(self, host: Host, *, transcript: str) -> Stage:
+        """The same on another host."""
+        return Stage(
+            host,
+            profile=self.profile,
+            evidence=self.evidence,
+            slot=self.slot,
+            seen=self._seen,
+            cache=self._cache,
+            transcript=transcript,
+        )
 
     # -- end ---------------------------------------------------------------------------
 

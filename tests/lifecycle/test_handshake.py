@@ -59,10 +59,11 @@ def test_record(stage: Stage) -> None:
 def test_long_name_is_cut(stage: Stage) -> None:
     """A name too long for its field is cut at 63 characters, so that it ends with a zero."""
     tool = stage.tool()
-    stage.idle(tool, name="n" * 80, label="idle")
+    guest = stage.idle(tool, name="n" * 80, label="idle")
     sock, hello = tool.hello()
     sock.close()
     assert hello.name == "n" * 63
+    assert "warning" in guest.program.wait_line("63").lower(), "the name was cut without a word"
 
 
 @pytest.mark.clause("QEMU-HSK-MAXGPA")
@@ -73,6 +74,27 @@ def test_max_gpa_with_high_memory(stage: Stage) -> None:
     sock, hello = tool.hello()
     sock.close()
     assert hello.max_gpa == 4 * GIB + 24 * MIB
+
+
+@pytest.mark.clause("QEMU-HSK-E820")
+def test_e820(stage: Stage) -> None:
+    """With handshake=e820 QEMU tells the type of the CPU and the whole memory map, sorted."""
+    tool = stage.tool()
+    guest = stage.idle(
+        tool, memory_mb=32, handshake="e820", extra=("-machine", f"max-ram-below-4g={8 * MIB}")
+    )
+    sock, hello = tool.hello()
+    sock.close()
+    assert hello.uuid == guest.uuid
+    assert hello.name == guest.name
+    assert hello.max_gpa is None
+    assert hello.cpu_type == 1, "x86_64"
+    addresses = [entry.address for entry in hello.e820]
+    assert addresses == sorted(addresses)
+    ram = [(entry.address, entry.length) for entry in hello.e820 if entry.type == 1]
+    assert ram == [(0, 8 * MIB), (4 * GIB, 24 * MIB)]
+    assert len(hello.e820) > len(ram), "what is reserved belongs into the table"
+    tool.hook()
 
 
 @pytest.mark.clause("QEMU-HSK-IN-LAYOUT", "QEMU-HSK-NOKEY")
@@ -259,3 +281,19 @@ def test_chardev_fd(stage: Stage) -> None:
     wait_until("fd is -1", lambda: guest.qmp("qom-get", **where) == -1, timeout_s=5)
     with pytest.raises(SilenceError):
         tool.hello(timeout_s=1)
+
+
+@pytest.mark.clause("QEMU-CHARDEV-FD", "QEMU-STOP-NORECONNECT", "QEMU-CONT-RECONNECT")
+def test_chardev_reconnecting(stage: Stage) -> None:
+    """A socket chardev tells whether it reconnects, which a stop changes and cont restores."""
+    tool = stage.tool()
+    guest = stage.idle(tool)
+    where: dict[str, Any] = {"path": "/chardevs/tool", "property": "reconnecting"}
+    tool.hook()
+    assert guest.qmp("qom-get", **where) is True
+    assert guest.refusal("qom-set", **where, value=False)
+    guest.qmp("stop")
+    assert guest.qmp("qom-get", **where) is False
+    guest.qmp("cont")
+    assert guest.qmp("qom-get", **where) is True
+    tool.hook()

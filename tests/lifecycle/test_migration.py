@@ -18,10 +18,18 @@ from .stage import Stage, Tool
 CHANNEL = "unix:/run/kvmi-migration"
 
 
-def receiver(stage: Stage, guest: QemuGuest, tool: Tool, **options: Any) -> QemuGuest:
+def receiver(
+    stage: Stage,
+    guest: QemuGuest,
+    tool: Tool,
+    *,
+    channel: str = CHANNEL,
+    suffix: str = "",
+    **options: Any,
+) -> QemuGuest:
     """A QEMU of the same shape as ``guest`` that waits for its migration."""
     return stage.linux(
-        tool, label="receiver", uuid=guest.uuid, incoming=CHANNEL,
+        tool, label=f"receiver{suffix}", uuid=guest.uuid, incoming=channel,
         cpus=guest.cpus, **options,
     )  # fmt: skip
 

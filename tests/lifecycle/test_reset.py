@@ -14,6 +14,10 @@ from .stage import Stage, wait_until
 
 STATE_FILE = "/run/kvmi-saved"
 
+#: Counts for a second or so, then resets the machine by its reset control register:
+#: movl $0x40000000,%ecx; 1: loopl 1b; movw $0xcf9,%dx; movb $6,%al; outb %al,%dx; 2: hlt; jmp 2b
+RESET_SOON = bytes.fromhex("66 b9 00 00 00 40  67 e2 fd  ba f9 0c  b0 06  ee  f4  eb fd")
+
 
 def leave_second(start_time: int, stage: Stage) -> None:
     """Wait until the host's clock shows another second than ``start_time``."""
@@ -24,7 +28,7 @@ def leave_second(start_time: int, stage: Stage) -> None:
     )
 
 
-@pytest.mark.clause("QEMU-RESET-RECONNECT", "LIFE-RESET")
+@pytest.mark.clause("QEMU-RESET-RECONNECT", "QEMU-FORCERESET-RFC", "LIFE-RESET")
 def test_reset(stage: Stage) -> None:
     """A reset ends the session without asking; QEMU returns with a newer start time."""
     tool = stage.tool()
@@ -53,6 +57,20 @@ def test_reset_while_a_vcpu_is_held(stage: Stage) -> None:
     session.expect_close(timeout_s=10)
     _, session = tool.hook()
     session.command("VCPU_GET_REGISTERS", vcpu=0).ok()
+    assert guest.status() == "running"
+
+
+@pytest.mark.clause("QEMU-RESET-RECONNECT", "LIFE-RESET", "HOOK-REHOOK")
+def test_guest_resets_itself_over_and_over(stage: Stage) -> None:
+    """A guest that resets itself in a loop is hooked anew each time."""
+    tool = stage.tool()
+    guest = stage.idle(tool, code=RESET_SOON)
+    last = 0
+    for _ in range(3):
+        hello, session = tool.hook()
+        assert hello.start_time >= last, "the start time went back"
+        last = hello.start_time
+        session.expect_close(timeout_s=30)
     assert guest.status() == "running"
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from harness.manager.qemu import QemuGuest
-from harness.manager.qmp import PendingAnswer
+from harness.manager.qmp import PendingAnswer, QmpLink
 from harness.tool import Session
 
-from .stage import Stage, Tool, wait_until
+from .stage import Stage, Tool, next_port, wait_until
 
 
 def hooked(stage: Stage, tool: Tool, **options: Any) -> tuple[QemuGuest, Session]:
@@ -74,6 +74,83 @@ def test_other_answers_are_not_held_back(stage: Stage) -> None:
     assert not stop.arrived
     session.close()
     assert stop.value(timeout_s=5) == {}
+
+
+@pytest.mark.clause("QEMU-STOP-ASYNC")
+@pytest.mark.parametrize("async_unhook", [True, False], ids=["async", "sync"])
+def test_other_monitors_go_on(stage: Stage, async_unhook: bool) -> None:
+    """While stop waits on one monitor, out-of-band commands run, and other monitors too.
+
+    With async_unhook off, QEMU is busy with stop: its one dispatcher of QMP commands has to
+    wait. Out-of-band commands do not go through it.
+    """
+    port = next_port()
+    tool = stage.tool()
+    guest, session = hooked(
+        stage,
+        tool,
+        async_unhook=async_unhook,
+        extra=("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off"),
+    )
+    other = QmpLink(
+        stage.host.connect(port), name="other", transcript=stage.evidence / "qmp_other.jsonl"
+    )
+    stage.keep(other.close)
+    stop = ask_to_stop(guest, session)
+    assert isinstance(guest.link.send("query-yank", oob=True).value(timeout_s=3), list)
+    assert isinstance(other.send("query-yank", oob=True).value(timeout_s=3), list)
+    if async_unhook:
+        assert other.execute("query-status", timeout_s=3)["status"] == "running"
+        assert "nonsense" in other.refusal("nonsense", timeout_s=3)
+    assert not stop.arrived
+    session.close()
+    assert stop.value(timeout_s=5) == {}
+    assert other.execute("query-status", timeout_s=3)["status"] == "paused"
+    assert [event["event"] for event in other.events()] == ["STOP"]
+
+
+@pytest.mark.clause("QEMU-STOP-ASYNC", "QEMU-CONT-RECONNECT")
+def test_stop_of_the_human_monitor(stage: Stage) -> None:
+    """stop by the human monitor asks the tool, too; it returns before the machine is paused."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    assert guest.qmp("human-monitor-command", command_line="stop") == ""
+    session.next_event("UNHOOK", timeout_s=5)
+    assert guest.status() == "running"
+    session.close()
+    guest.link.event("STOP", timeout_s=5)
+    paused_and_back(guest, tool)
+
+
+@pytest.mark.clause("MSG-BLOCKING", "EVT-VCPU-HELD")
+def test_queries_while_a_vcpu_is_held(stage: Stage) -> None:
+    """What management asks for regularly does not wait for a vCPU that the tool holds."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
+    session.next_event("PAUSE", timeout_s=5)
+    began = time.monotonic()
+    assert guest.status() == "running"
+    assert len(guest.qmp("query-cpus-fast", timeout_s=3)) == 1
+    assert guest.qmp("query-stats", target="vcpu", timeout_s=3)
+    assert time.monotonic() - began < 2
+    assert session.command("GET_VERSION").ok(), "a query ended the session"
+
+
+@pytest.mark.clause("EVT-DISCONNECT-CONTINUE", "QEMU-DISC-UNHOOK")
+def test_look_into_a_vcpu_that_is_held(stage: Stage) -> None:
+    """A command that needs a held vCPU ends the session after a while, rather than to hang."""
+    tool = stage.tool()
+    guest, session = hooked(stage, tool)
+    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
+    session.next_event("PAUSE", timeout_s=5)
+    look = guest.send("human-monitor-command", command_line="info registers")
+    session.expect_close(timeout_s=10)
+    said = look.value(timeout_s=5)
+    assert "IP=0000ff02" in said
+    assert "the tool does not let the vCPUs go, unhooking" in said, "no word of why"
+    tool.hook()
+    assert guest.status() == "running"
 
 
 @pytest.mark.clause("QEMU-STOP-NOTOOL", "PREUNHOOK-ENOENT-NOTSUBSCRIBED", "PREUNHOOK-FAIL-PROCEED")
