@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Does the suite notice defects? Breaks the kernel on purpose, one way at a time.
+"""Does the suite notice defects? Breaks kernel and QEMU on purpose, one way at a time.
 
-Each mutant is a patch on top of the kernel series, in ``tests/mutants``, with the clauses
+Each mutant is a patch on top of one of the two series, in ``tests/mutants``, with the clauses
 that must turn red. It is built incrementally, booted, and held to the tests of these
 clauses; it is killed when every one of them has a FAIL. A survivor shows a hole.
 """
@@ -9,10 +9,11 @@ clauses; it is killed when every one of them has a FAIL. A survivor shows a hole
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
 import shutil
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from harness import paths
 from harness.build.kernel import build_kernel
 from harness.build.progress import note
+from harness.build.qemu import build_qemu
 from harness.build.series import load_series
 from harness.conform import conform
 from harness.errors import BuildError, ConformanceError, InfraError, UsageError
@@ -33,25 +35,45 @@ if TYPE_CHECKING:
 __all__ = ["MUTANTS", "Mutant", "load_mutants", "run"]
 
 MUTANTS = paths.ROOT / "tests" / "mutants"
-SUITE = "tests/conformance"
 _ROOT = "mutants"
 
-# Kinds of the cache that hold what depends on the mutated kernel. They are made in a cache
-# beside the usual one and thrown away after each mutant: a saved host takes a gigabyte.
-_PASSING = (
-    "kernel", "initrd", "host-disk", "guest-disk", "template", "bochs-host", "bochs-medium",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class _Kind:
+    """What can be broken."""
+
+    suite: str
+    """The tests that have to notice."""
+    series: str
+    """Which setting names the series."""
+    build: Callable[[Settings], object]
+    passing: tuple[str, ...]
+    """Kinds of the cache that hold what depends on it. They are made in a cache beside the
+    usual one and thrown away after each mutant: a saved host takes a gigabyte."""
+
+
+_KINDS = {
+    "kernel": _Kind(
+        "tests/conformance",
+        "kernel_series",
+        build_kernel,
+        ("kernel", "initrd", "host-disk", "guest-disk", "template", "bochs-host", "bochs-medium"),
+    ),
+    "qemu": _Kind("tests/lifecycle", "qemu_series", build_qemu, ("qemu", "host-disk", "template")),
+}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One way to break the kernel, and the clauses that must notice it."""
+    """One way to break a series, and the clauses that must notice it."""
 
     name: str
     patch: Path
     red: tuple[str, ...]
     target: str = ""
     """Where it can be noticed; nothing: on the target of the run."""
+    of: str = "kernel"
+    """Which series it breaks: ``kernel`` or ``qemu``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,8 @@ class _Result:
 def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
     """Read ``mutants.toml`` and check it against the patches beside it and the clauses.
 
-    :raises UsageError: a patch without entry or an entry without patch, or an unknown clause.
+    :raises UsageError: a patch without entry or an entry without patch, an unknown series
+        or clause.
     """
     from harness.abi import load_clauses
 
@@ -80,6 +103,7 @@ def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
             directory / f"{name}.patch",
             red=tuple(entry.get("red", ())),
             target=entry.get("target", ""),
+            of=entry.get("of", "kernel"),
         )
         for name, entry in sorted(entries.items())
     ]
@@ -92,6 +116,8 @@ def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
     ]
     known = load_clauses()
     for mutant in mutants:
+        if mutant.of not in _KINDS:
+            faults.append(f"{mutant.name} is of {mutant.of!r}, not of {' or '.join(_KINDS)}")
         if not mutant.red:
             faults.append(f"{mutant.name} names no clause")
         faults += [f"{mutant.name}: no clause {one}" for one in mutant.red if one not in known]
@@ -101,27 +127,29 @@ def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
 
 
 def run(settings: Settings, *, select: str | None = None) -> int:
-    """Break the kernel in every way that ``tests/mutants`` knows, and see what notices.
+    """Break the series in every way that ``tests/mutants`` knows, and see what notices.
 
-    :param select: names of mutants, separated by blanks; all by default.
+    :param select: names of mutants, with wildcards, separated by blanks; all by default.
     :returns: 0 when all were noticed, 1 when one survived.
     :raises UsageError: an unknown name.
     :raises ConformanceError: a clause fails without any mutant.
     :raises BuildError: a mutant does not apply or compile: its patch has to follow the series.
     """
     mutants = load_mutants()
-    names = set((select or "").replace(",", " ").split())
-    if unknown := names - {mutant.name for mutant in mutants}:
+    patterns = (select or "*").replace(",", " ").split()
+    known = [mutant.name for mutant in mutants]
+    if unknown := [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]:
         raise UsageError(
             f"there is no mutant {', '.join(sorted(unknown))}",
-            hint=f"there are: {', '.join(mutant.name for mutant in mutants)}",
+            hint=f"there are: {', '.join(known)}",
         )
-    chosen = [mutant for mutant in mutants if not names or mutant.name in names]
+    names = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
+    chosen = [mutant for mutant in mutants if mutant.name in names]
     note("The series itself: what mutants must turn red has to be green without them")
-    for target in sorted({mutant.target for mutant in chosen}):
-        here = [mutant for mutant in chosen if mutant.target == target]
+    for of, target in sorted({(mutant.of, mutant.target) for mutant in chosen}):
+        here = [mutant for mutant in chosen if (mutant.of, mutant.target) == (of, target)]
         red = sorted({clause for mutant in here for clause in mutant.red})
-        if bad := _hold(_alone(settings, target), red):
+        if bad := _hold(_alone(settings, target), red, suite=_KINDS[of].suite):
             raise ConformanceError(
                 f"the series itself does not keep {', '.join(bad)}",
                 hint="mend that first: on these clauses nothing can be learned from mutants",
@@ -159,7 +187,7 @@ def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
                 mutated = ahead.result()
                 if following is not None:
                     ahead = builder.submit(_build, settings, following)
-                failed = _hold(mutated, mutant.red)
+                failed = _hold(mutated, mutant.red, suite=_KINDS[mutant.of].suite)
                 shutil.rmtree(mutated.cache, ignore_errors=True)
                 survived = tuple(clause for clause in mutant.red if clause not in failed)
                 yield _Result(mutant, survived, last_run(_reports(settings)))
@@ -167,9 +195,9 @@ def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _hold(settings: Settings, clauses: Sequence[str]) -> list[str]:
+def _hold(settings: Settings, clauses: Sequence[str], *, suite: str) -> list[str]:
     """Run the tests of these clauses; answer which of them failed."""
-    conform(settings, select=" ".join(clauses), suites=(SUITE,))
+    conform(settings, select=" ".join(clauses), suites=(suite,))
     verdicts = load_run(last_run(settings.reports)).verdicts
     failed = {verdict.clause for verdict in verdicts if verdict.verdict is Outcome.FAIL}
     return [clause for clause in clauses if clause in failed]
@@ -184,22 +212,25 @@ def _alone(settings: Settings, target: str) -> Settings:
 
 def _build(settings: Settings, mutant: Mutant) -> Settings:
     """Build a mutant; answer settings with its series and a cache for what is made of it."""
+    kind = _KINDS[mutant.of]
+    original: Path = getattr(settings, kind.series)
     usual = settings.cache
     root = usual / _ROOT / mutant.name
-    series = root / "linux"
+    series = root / "series"
     try:
         series.mkdir(parents=True)
-        for kind in usual.iterdir():
-            if kind.is_dir() and kind.name not in (*_PASSING, _ROOT):
-                (root / kind.name).symlink_to(kind)
-        for patch in load_series(settings.kernel_series).patches:
+        for place in usual.iterdir():
+            if place.is_dir() and place.name not in (*kind.passing, _ROOT):
+                (root / place.name).symlink_to(place)
+        for patch in load_series(original).patches:
             shutil.copy(patch.path, series)
         shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
     except OSError as error:
         raise InfraError(f"mutant {mutant.name}: {error}") from error
-    mutated = dataclasses.replace(_alone(settings, mutant.target), cache=root, kernel_series=series)
+    alone = dataclasses.replace(_alone(settings, mutant.target), cache=root)
+    mutated = dataclasses.replace(alone, **{kind.series: series})  # type: ignore[arg-type]
     try:
-        build_kernel(mutated)
+        kind.build(mutated)
     except BuildError as error:
         raise BuildError(
             f"mutant {mutant.name}: {error.message}",
