@@ -280,10 +280,14 @@ def host_ssh(_context: Context, command: str | None = None) -> int:
 
 
 @_task("up")
-def guest_up(_context: Context) -> None:
-    """Start a guest on the kept host (and the host, if none is kept)."""
+def guest_up(_context: Context, introspect: bool = False) -> None:
+    """Start a guest on the kept host (and the host, if none is kept); be its tool."""
     from harness.keep import guest_up as up
+    from harness.prompt import introspect as be_tool
 
+    if introspect:
+        be_tool(_ready())
+        return
     up(_ready())
     print("the guest is up: inv guest.ssh logs in; it ends with the host")
 
@@ -292,6 +296,14 @@ def guest_up(_context: Context) -> None:
 def guest_ssh(_context: Context, command: str | None = None) -> int:
     """Log in to the guest on the kept host."""
     return _log_in("guest", command)
+
+
+@_task()
+def watch(_context: Context, seconds: int = 0) -> None:
+    """Show the events of the kept guest as they come, with rates; Ctrl-C ends it."""
+    from harness.prompt import watch as run
+
+    run(load_settings(), seconds=seconds or None)
 
 
 @_task()
@@ -346,7 +358,7 @@ def series_describe(
 
 @_task()
 def mutants(_context: Context, select: str | None = None) -> int:
-    """Break the kernel on purpose, one defect at a time; each must turn its clauses red."""
+    """Break kernel and QEMU on purpose, one defect at a time; each must turn its clauses red."""
     from harness.mutants import run
 
     return run(_ready(), select=select)
@@ -457,6 +469,7 @@ namespace = Collection(
     mutants,
     fuzz,
     selftests,
+    watch,
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
     bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),

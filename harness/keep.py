@@ -10,6 +10,7 @@ per cache.
     <cache>/kept/record.json    the keeper's process, the logins, or why it failed
     <cache>/kept/keeper.log     what the keeper said
     <cache>/kept/evidence/      consoles and logs of host and guest
+    <cache>/kept/counters       the events that the guest's tool met, in shared memory
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from harness.hosts import Host
     from harness.manager.qemu import QemuGuest
 
-__all__ = ["Record", "down", "guest_up", "kept", "up"]
+__all__ = ["Record", "counters_path", "down", "guest_up", "kept", "up"]
 
 _UP_TIMEOUT_S = 300.0
 _DOWN_TIMEOUT_S = 30.0
@@ -58,6 +60,8 @@ class Record(msgspec.Struct, kw_only=True):
     """The command that logs in to the host; empty until it is up."""
     guest: list[str] = msgspec.field(default_factory=list)
     """The command that logs in to the guest; empty while there is none."""
+    tool_port: int = 0
+    """Where the guest's QEMU looks for its introspection tool on our loopback; 0: nowhere."""
     failure: str = ""
     """Why host or guest did not come up."""
 
@@ -113,14 +117,28 @@ def up(settings: Settings) -> Record:
         return _wait(settings, lambda record: bool(record.host), what="host", keeper=keeper)
 
 
-def guest_up(settings: Settings) -> Record:
-    """Start a guest on the kept host (started too if need be), and wait until it answers."""
+def guest_up(settings: Settings, *, introspect: bool = False) -> Record:
+    """Start a guest on the kept host (started too if need be), and wait until it answers.
+
+    :param introspect: it looks for an introspection tool; see :mod:`harness.prompt`.
+    :raises UsageError: there is a guest, but it looks for no tool.
+    """
     record = kept(settings) or up(settings)
     if record.guest:
+        if introspect and not record.tool_port:
+            raise UsageError(
+                "the kept guest was started without introspection",
+                hint="`inv host.down` ends it, then `inv guest.up --introspect`",
+            )
         return record
     with step("Start a guest on it"):
-        os.kill(record.pid, signal.SIGUSR1)
+        os.kill(record.pid, signal.SIGUSR2 if introspect else signal.SIGUSR1)
         return _wait(settings, lambda record: bool(record.guest), what="guest")
+
+
+def counters_path(settings: Settings) -> Path:
+    """Where the tool of the kept guest counts events."""
+    return _place(settings) / "counters"
 
 
 def down(settings: Settings) -> bool:
@@ -174,6 +192,12 @@ def _wait(
         time.sleep(_POLL_S)  # the record is a file, the keeper no child of ours for long
 
 
+def _free_port() -> int:
+    """A TCP port of our loopback that nobody uses now; whoever is the tool listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
@@ -198,6 +222,7 @@ class _Keeper:
         self._told = threading.Event()
         self._end = False
         self._guest_wanted = False
+        self._introspect = False
 
     def run(self) -> int:
         """Keep the host until SIGTERM, or until it dies; returns the exit code."""
@@ -205,6 +230,7 @@ class _Keeper:
 
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
+        signal.signal(signal.SIGUSR2, self._on_signal)
         self._write()
         kernel, images = _built(self._settings)
         target = target_for(self._settings)
@@ -231,12 +257,22 @@ class _Keeper:
                 guest.close()
 
     def _guest(self, host: Host, evidence: Path) -> QemuGuest | None:
+        from harness.manager.introspection import Introspection
         from harness.manager.qemu import QemuGuest
 
         self._guest_wanted = False
         self._record.failure = ""
+        introspection = None
+        if self._introspect:
+            self._record.tool_port = _free_port()
+            introspection = Introspection(address=host.tool_address(self._record.tool_port))
         guest = QemuGuest(
-            host, name="kept", evidence=evidence, qmp_port=_QMP_PORT, ssh_port=_GUEST_SSH_PORT
+            host,
+            name="kept",
+            evidence=evidence,
+            qmp_port=_QMP_PORT,
+            ssh_port=_GUEST_SSH_PORT,
+            introspection=introspection,
         )
         try:
             guest.start()
@@ -272,6 +308,7 @@ class _Keeper:
             self._end = True
         else:
             self._guest_wanted = True
+            self._introspect = number == signal.SIGUSR2
         self._told.set()
 
     def _write(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -19,7 +20,7 @@ from harness.counters.shared import Counters, attach, process_lives
 from harness.counters.snapshot import SlotSnapshot, Totals, quantile_ns, total
 from harness.errors import HarnessError
 
-__all__ = ["main", "table"]
+__all__ = ["main", "table", "watch_rates"]
 
 
 def _errors(counts: SlotSnapshot | Totals) -> str:
@@ -145,3 +146,29 @@ def _show(counters: Counters, *, watch: bool, as_json: bool) -> None:
         while True:
             time.sleep(0.5)  # the pace of the display; nothing is waited for
             live.update(table(counters, width=console.width))
+
+
+def watch_rates(path: Path, *, seconds: float | None = None) -> None:
+    """Print a line for each second: how many events came, of which kinds, and how many in all.
+
+    :param seconds: end after so long; None: when interrupted.
+    :raises UsageError: ``path`` holds no counters.
+    """
+    console = Console(highlight=False)
+    end = None if seconds is None else time.monotonic() + seconds
+    with attach(path) as counters, contextlib.suppress(KeyboardInterrupt):
+        before, then_ns = total(counters.read()), time.monotonic_ns()
+        while end is None or time.monotonic() < end:
+            time.sleep(1.0)  # the pace of the display; nothing is waited for
+            now, now_ns = total(counters.read()), time.monotonic_ns()
+            elapsed_s = (now_ns - then_ns) / 1e9
+            rates = [
+                f"{name} {(count - before.events.get(name, 0)) / elapsed_s:.0f}/s ({count})"
+                for name, count in sorted(now.events.items())
+            ]
+            answer = _latency(now.event_latency)
+            console.print(
+                f"{time.strftime('%H:%M:%S')}  {'  '.join(rates) or 'no event yet'}"
+                f"  answered in {answer}"
+            )
+            before, then_ns = now, now_ns
