@@ -206,6 +206,21 @@ def test_choice_and_repetition(suite: Suite) -> None:
     }
 
 
+def test_on_request(suite: Suite) -> None:
+    """What runs on request only runs where its name, or that of its file, is given."""
+    tests = """
+        @pytest.mark.clause("HOOK-OK")
+        def test_short(): pass
+        @pytest.mark.on_request
+        @pytest.mark.clause("HOOK-OK")
+        def test_long(): pass
+    """
+    suite.run(tests, "--kvmi-clause=HOOK-OK")
+    assert set(suite.verdicts()) == {"test_short"}
+    suite.run(tests, "-k", "long")
+    assert set(suite.verdicts()) == {"test_short", "test_long"}  # the second run adds to the first
+
+
 def test_leaks_are_errors(suite: Suite) -> None:
     """Threads left behind, and exceptions in threads and finalisers, are our errors."""
     suite.run(
