@@ -75,6 +75,38 @@ def test_with_chardev_that_is_no_socket(stage: Stage) -> None:
     refused_start(stage, None, extra=extra)
 
 
+@pytest.mark.clause("QEMU-OBJ-RECONNECT-REQ", "QEMU-OBJ-CMDLINE-EXIT")
+def test_with_chardev_that_listens(stage: Stage) -> None:
+    """It is the tool that listens: a chardev that does is refused."""
+    extra = (
+        *("-chardev", f"socket,id={CHARDEV_ID},path=/run/kvmi-server,server=on,wait=off"),
+        *("-object", f"introspection,id={OBJECT_ID},chardev={CHARDEV_ID}"),
+    )
+    assert "server" in refused_start(stage, None, extra=extra)
+
+
+@pytest.mark.clause("QEMU-OBJ-CMDLINE-EXIT")
+def test_with_chardev_in_use(stage: Stage) -> None:
+    """A chardev that is somebody else's, here a monitor's, is refused."""
+    extra = ("-mon", f"chardev={CHARDEV_ID},mode=control")
+    assert CHARDEV_ID in refused_start(stage, stage.tool(), extra=extra)
+
+
+@pytest.mark.clause("QEMU-OBJ-NODELETE", "QEMU-OBJ-QMP-CREATE")
+def test_changed(stage: Stage) -> None:
+    """Of an object in use the times can be changed, and nothing else; its chardev stays."""
+    tool = stage.tool()
+    guest = stage.idle(tool)
+    tool.hook()
+    path = f"/objects/{OBJECT_ID}"
+    for name, value in (("chardev", "other"), ("key", "other"), ("command", [8]), ("event", [1])):
+        assert name in guest.refusal("qom-set", path=path, property=name, value=value)
+    for name in ("handshake_timeout", "unhook_timeout"):
+        guest.qmp("qom-set", path=path, property=name, value=3)
+        assert guest.qmp("qom-get", path=path, property=name) == 3
+    assert guest.refusal("chardev-remove", id=CHARDEV_ID)
+
+
 @pytest.mark.clause("QEMU-OBJ-SINGLE")
 def test_two_objects(stage: Stage) -> None:
     """A second introspection object is refused, on the command line and later."""
