@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import pytest
 
+from harness.abi import Codec, frame
 from harness.manager.qemu import QemuGuest
 from harness.manager.qmp import PendingAnswer, QmpLink
 from harness.tool import Session
 
-from .stage import Stage, Tool, next_port, wait_until
+from .stage import Stage, Tool, ended, next_port, wait_until
 
 
 def hooked(stage: Stage, tool: Tool, **options: Any) -> tuple[QemuGuest, Session]:
@@ -197,6 +199,53 @@ def test_stop_runs_out_of_patience(stage: Stage) -> None:
     waited_s = time.monotonic() - began
     assert waited_s > 0.8, f"QEMU waited only {waited_s:.2f} s"
     paused_and_back(guest, tool)
+
+
+@pytest.mark.clause("QEMU-STOP-TIMEOUT", "QEMU-STOP-NOTOOL", "PREUNHOOK-NOWAIT")
+def test_stop_with_a_tool_that_floods(stage: Stage) -> None:
+    """A tool that sends and sends, and reads no answer, holds up nothing but its own session."""
+    tool = stage.tool()
+    guest = stage.idle(tool, unhook_timeout_s=1)
+    sock, _ = tool.hello()
+    tool.answer(sock)
+    codec = Codec(stage.profile)
+    subscribe = codec.encode_command("VM_CONTROL_EVENTS", event_id="UNHOOK", enable=1)
+    read = codec.encode_command("VM_READ_PHYSICAL", gpa=0, size=4096)
+    with contextlib.suppress(TimeoutError):
+        sock.settimeout(1)
+        sock.sendall(frame(*subscribe, 1))
+        for number in range(100_000):
+            sock.sendall(frame(*read, number))
+        raise AssertionError("the kernel takes commands for ever, and nobody its answers")
+    assert guest.qmp("query-status", timeout_s=3)["status"] == "running"
+    began = time.monotonic()
+    stop = guest.send("stop")
+    assert guest.qmp("query-name", timeout_s=3) == {"name": guest.name}
+    stop.value(timeout_s=8)
+    assert time.monotonic() - began < 7
+    assert guest.status() == "paused"
+    sock.close()
+    paused_and_back(guest, tool)
+
+
+@pytest.mark.clause("QEMU-DISC-UNHOOK", "MSG-TOOBIG-CLOSE")
+def test_tool_that_sends_nonsense(stage: Stage) -> None:
+    """Noise ends the session, in the handshake or after it; QEMU answers, and tries again."""
+    tool = stage.tool()
+    guest = stage.idle(tool, handshake_timeout_s=1)
+    noise = bytes(range(255, -1, -1)) * 64
+    sock, _ = tool.hello()
+    with contextlib.suppress(OSError):
+        sock.sendall(noise)
+    assert ended(sock, timeout_s=5)
+    assert guest.qmp("query-status", timeout_s=3)["status"] == "running"
+    sock, _ = tool.hello()
+    tool.answer(sock)
+    with contextlib.suppress(OSError):
+        sock.sendall(noise)
+    assert guest.qmp("query-status", timeout_s=3)["status"] == "running"
+    sock.close()
+    tool.hook()
 
 
 @pytest.mark.clause("QEMU-STOP-SYNC")
