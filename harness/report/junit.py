@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """JUnit XML: one test case for each clause and test, ``classname`` is the clause's group.
 
-FAIL is a ``failure``, SKIP is ``skipped``. ERROR and MISS are an ``error`` (of that type), so
-that no reader of such files takes them for success.
+FAIL is a ``failure`` (``skipped`` where it is a known one), SKIP is ``skipped``. ERROR and MISS
+are an ``error`` (of that type), so that no reader of such files takes them for success.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def write_junit(view: RunView, path: Path) -> None:
         suite.append(_case(view, verdict))
     totals = {
         "tests": len(view.verdicts),
-        "failures": sum(v.verdict is Outcome.FAIL for v in view.verdicts),
+        "failures": len(suite.findall("testcase/failure")),
         "errors": sum(v.verdict in (Outcome.ERROR, Outcome.MISS) for v in view.verdicts),
-        "skipped": sum(v.verdict is Outcome.SKIP for v in view.verdicts),
+        "skipped": len(suite.findall("testcase/skipped")),
     }
     for name, number in totals.items():
         suite.set(name, str(number))
@@ -62,6 +62,10 @@ def _case(view: RunView, verdict: Verdict) -> ElementTree.Element:
         time=f"{verdict.duration_s:.3f}",
     )
     match verdict.verdict:
+        case Outcome.FAIL if verdict.clause in view.known:
+            # As pytest reports a test that is expected to fail.
+            why = f"known failure, {view.known[verdict.clause].tracked}: {verdict.reason}"
+            ElementTree.SubElement(case, "skipped", message=_clean(why))
         case Outcome.FAIL:
             _problem(view, verdict, case, "failure")
         case Outcome.ERROR | Outcome.MISS:

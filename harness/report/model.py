@@ -124,6 +124,10 @@ class RunFacts(
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
     a run was partial on purpose. ``rerun`` is the command that started it, to which
     ``--select`` can be added. ``prepare_s`` is how long building and booting took before.
+    ``shard`` is the part that it ran, as ``1/3``.
+    ``kernel`` and ``qemu`` hold the build's ``key``, ``release`` or ``version``, and of its
+    series ``series`` (the id), ``title``, ``patches`` (how many), ``base``, ``message_id`` and
+    ``patchset_hash`` (as KCIDB defines it), as far as they are known.
     """
 
     run: str
@@ -135,6 +139,7 @@ class RunFacts(
     workers: int = 0
     select: str = ""
     repeat: int = 1
+    shard: str = ""
     rerun: str = ""
     harness: str = ""
     python: str = ""

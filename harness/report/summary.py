@@ -54,7 +54,7 @@ def summary_of(view: RunView) -> list[RenderableType]:
                 parts += _story(view, test)
         if len(bad) > SHOWN:
             parts.append(Text(f"... and {len(bad) - SHOWN} more tests; the report has all of them"))
-    parts += [Text(), *_closing(view)]
+    parts += [Text(), *_known(view), *_closing(view)]
     return parts
 
 
@@ -128,6 +128,16 @@ def _printable(line: str) -> str:
     """A line of evidence that cannot disturb a terminal, cut where nobody reads on."""
     text = "".join(character if character.isprintable() else "." for character in line.expandtabs())
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+
+
+def _known(view: RunView) -> list[RenderableType]:
+    """What a list of known failures says about this run."""
+    lines = [f"known: {clause} fails, see {one.tracked}" for clause, one in view.known.items()]
+    lines += [
+        f"{clause} holds again: take it off the known failures ({one.tracked})"
+        for clause, one in view.passes_again.items()
+    ]
+    return [Text(line, "yellow") for line in lines]
 
 
 def _closing(view: RunView) -> list[RenderableType]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.abi import Clause, load_clauses
+from harness.report import known as known_failures
+from harness.report.known import Known, known_for
 from harness.report.model import (
     ClauseResult,
     Outcome,
@@ -94,10 +96,32 @@ class TestView:
 class RunView:
     """Everything that documents show of a run."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, known: Iterable[Known] | None = None) -> None:
         self.run = run
         self.verdicts = run.all_verdicts()
         self.results = results_by_clause(self.verdicts)
+        if known is None:
+            kept = run.path / known_failures.FILE_NAME
+            known = known_failures.load_known(kept) if kept.is_file() else ()
+        self._listed = known_for(known, filter(None, self.results), run.facts)
+
+    @property
+    def known(self) -> dict[str, Known]:
+        """Clauses that failed as a list of known failures says, with the entry."""
+        return {
+            clause: one
+            for clause, one in self._listed.items()
+            if self.results[clause].verdict is Outcome.FAIL
+        }
+
+    @property
+    def passes_again(self) -> dict[str, Known]:
+        """Clauses that held although they are listed as known failures."""
+        return {
+            clause: one
+            for clause, one in self._listed.items()
+            if self.results[clause].verdict is Outcome.PASS
+        }
 
     @property
     def facts(self) -> RunFacts:
@@ -164,8 +188,11 @@ class RunView:
 
     @property
     def exit_code(self) -> int:
-        """The exit code that the verdicts ask for."""
-        return exit_code(self.verdicts)
+        """The exit code that the verdicts ask for; known failures do not count."""
+        known = self.known
+        return exit_code(
+            v for v in self.verdicts if v.verdict is not Outcome.FAIL or v.clause not in known
+        )
 
     @property
     def headline(self) -> str:
@@ -176,7 +203,11 @@ class RunView:
             return "Nothing was tested"
         if counts[Outcome.FAIL]:
             one = counts[Outcome.FAIL] == 1
-            return f"{counts[Outcome.FAIL]} of {total} promises {'was' if one else 'were'} broken"
+            known = f", {len(self.known)} of them as is known" if self.known else ""
+            return (
+                f"{counts[Outcome.FAIL]} of {total} promises {'was' if one else 'were'} "
+                f"broken{known}"
+            )
         undecided = counts[Outcome.ERROR] + counts[Outcome.MISS]
         if undecided:
             return f"No promise was broken, {undecided} of {total} could not be judged"
@@ -212,6 +243,10 @@ def rerun_command(command: str, tests: Sequence[str]) -> str:
     return f"{command or 'inv conform'} --select {shlex.quote(' '.join(tests))}"
 
 
-def view_of(run: Run) -> RunView:
-    """The reader's view of a run."""
-    return RunView(run)
+def view_of(run: Run, known: Iterable[Known] | None = None) -> RunView:
+    """The reader's view of a run.
+
+    :param known: known failures; the list that the run was started with if None.
+    :raises UsageError: that list is wrong.
+    """
+    return RunView(run, known)
