@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.errors import PatchError, UsageError
 from harness.series import FORMS, read_mail
 
-__all__ = ["Patch", "Series", "failure", "load_series"]
+__all__ = ["Patch", "Series", "failure", "load_series", "record"]
 
 _TOUCHED = re.compile(
     rb"^(?:diff --git a/(?P<old>\S+) b/(?P<new>\S+)"
@@ -128,6 +128,21 @@ def load_series(directory: Path | str) -> Series:
     covers = [file for file in files if file.name.startswith("0000-")]
     patches = [file for file in files if file not in covers]
     return Series(directory, tuple(patches), covers[0].content if covers else b"")
+
+
+def record(series: Series, *, base: str) -> dict[str, str]:
+    """What reports say of a series beyond its id; nothing of one without patches.
+
+    :param base: the source that it applies to.
+    """
+    facts = {
+        "title": series.title,
+        "patches": str(len(series.patches)),
+        "patchset_hash": series.patchset_hash,
+        "base": base,
+        "message_id": read_mail(series.cover).message_id if series.cover else "",
+    }
+    return {name: value for name, value in facts.items() if value} if series.patches else {}
 
 
 def failure(
