@@ -21,6 +21,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from harness.errors import HarnessError, UsageError
+from harness.report import FORMATS as FORMATS_OF_REPORTS
 from harness.series import FORMS
 from harness.settings import Settings, load_settings, with_series
 
@@ -83,6 +84,13 @@ _OPTIONS = {
     "seed": "of the order in each round; of fuzz: any text (default: a new one)",
     "only": "these kinds, separated by blanks",
     "output": "write it to this file",
+    "shard": "run only this part, such as 2/3; inv report.merge makes one run of all parts",
+    "known": "TOML file of known failures",
+    "formats": f"of {', '.join(FORMATS_OF_REPORTS)} (default: all)",
+    "against": "directory of an earlier run, to say in the mail what became of its verdicts",
+    "before": "directory of a run",
+    "after": "directory of the run that is compared with it",
+    "runs": "directories of runs, separated by blanks",
     "days": "keep what was used in so many days",
 }
 
@@ -320,6 +328,8 @@ def conform(
     flavour: str | None = None,
     kernel: str | None = None,
     reports: str | None = None,
+    shard: str | None = None,
+    known: str | None = None,
 ) -> int:
     """Hold kernel and QEMU to the suite: build, boot, run, report."""
     from harness.conform import conform as run
@@ -333,16 +343,55 @@ def conform(
         flavour=flavour,
         kernel=kernel,
         reports=reports,
+        known=known,
     )
-    return run(settings, select=select, repeat=repeat)
+    return run(settings, select=select, repeat=repeat, shard=shard)
 
 
-@_task()
-def report(_context: Context, run: str | None = None) -> int:
-    """Make the report of a run again from its verdicts, and show the summary."""
+def _report(run: str | None, known: str | None = None, **options: Any) -> int:
     from harness.conform import report as render
 
-    return render(load_settings(), run=Path(run) if run else None)
+    return render(load_settings(known=known), run=Path(run) if run else None, **options)
+
+
+@_task("all", default=True)
+def report_all(_context: Context, run: str | None = None) -> int:
+    """Make the report of a run again from its verdicts, and show the summary."""
+    return _report(run)
+
+
+@_task("render")
+def report_render(
+    _context: Context,
+    run: str | None = None,
+    formats: str = "",
+    against: str | None = None,
+    known: str | None = None,
+) -> int:
+    """Make some documents of a run from its verdicts."""
+    before = Path(against) if against else None
+    return _report(run, known, formats=formats.replace(",", " ").split(), against=before)
+
+
+@_task("compare")
+def report_compare(_context: Context, before: str, after: str) -> int:
+    """Tell what broke, was mended, is new, vanished, or got slower from one run to another."""
+    from harness.report.compare import compare_runs, tell
+
+    found = compare_runs(Path(before), Path(after))
+    print("\n".join(tell(found)))
+    return found.exit_code
+
+
+@_task("merge")
+def report_merge(_context: Context, runs: str, reports: str | None = None) -> int:
+    """Make one run of the parts that were run with --shard, and its report."""
+    from harness.conform import merged_report
+    from harness.report.merge import merge
+
+    settings = load_settings(reports=reports)
+    place = merge([Path(run) for run in runs.split()], reports=settings.reports)
+    return merged_report(place)
 
 
 @_task("describe")
@@ -465,7 +514,6 @@ def fuzz(
 namespace = Collection(
     doctor,
     conform,
-    report,
     mutants,
     fuzz,
     selftests,
@@ -474,6 +522,7 @@ namespace = Collection(
     bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),
     series=Collection(series_describe),
+    report=Collection(report_all, report_render, report_compare, report_merge),
     host=Collection(host_up, host_ssh, host_down),
     guest=Collection(guest_up, guest_ssh),
 )

@@ -28,13 +28,18 @@ from typing import TYPE_CHECKING
 
 from harness import __version__, paths
 from harness.build.progress import note
+from harness.build.series import load_series, record
+from harness.build.sources import linux_source
 from harness.errors import HarnessError, InfraError, UsageError
 from harness.hosts.choice import settled
 from harness.plugin.beat import open_counters
 from harness.plugin.controller import PARENT_VARIABLE
 from harness.plugin.inputs import machine_record, save_builds, save_machine, save_settings
 from harness.plugin.processes import adopted_orphans
-from harness.report import render
+from harness.plugin.shard import part_of
+from harness.report import FORMATS, render
+from harness.report.known import FILE_NAME as KNOWN
+from harness.report.known import load_known
 from harness.report.live import LiveView
 from harness.report.model import End, RunFacts, exit_code, missing
 from harness.report.store import (
@@ -65,7 +70,7 @@ STALLED_S = 900.0
 FULL_BYTES = 1 << 20
 """With less than this left, a disk counts as full."""
 
-_USAGE, _NO_TESTS = 4, 5  # pytest.ExitCode, which is slow to import
+_FAILED, _USAGE, _NO_TESTS = 1, 4, 5  # pytest.ExitCode, which is slow to import
 
 
 def conform(
@@ -73,6 +78,7 @@ def conform(
     *,
     select: str | None = None,
     repeat: int = 1,
+    shard: str | None = None,
     suites: Sequence[str] = SUITES,
 ) -> int:
     """Hold the series of the settings to the suite.
@@ -80,6 +86,8 @@ def conform(
     :param select: clauses (``HOOK-OK``, ``EVT-*``), tests (a file or pytest's node id), or
         an expression for pytest's ``-k``; several of the first two, separated by blanks.
     :param repeat: run each test so many times, and stop at the first that is not good.
+    :param shard: run only this part, ``2/3``, of what would run; see
+        :func:`harness.report.merge.merge` for what to do with the parts.
     :param suites: directories of tests that ``select`` chooses from.
     :returns: the exit code: 0 all held, 1 a promise was broken, 2 usage, 4 our own side or
         the machine.
@@ -92,7 +100,12 @@ def conform(
     exception after the first test began.
     """
     arguments = selection(select, suites)
-    settings, run_dir = prepare_run(settings, task="conform", select=select or "", repeat=repeat)
+    if shard:
+        part_of(shard)
+        arguments.append(f"--kvmi-shard={shard}")
+    settings, run_dir = prepare_run(
+        settings, task="conform", select=select or "", repeat=repeat, shard=shard or ""
+    )
     workers = settings.workers
     note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
     if repeat > 1:
@@ -101,7 +114,13 @@ def conform(
 
 
 def prepare_run(
-    settings: Settings, *, task: str, options: str = "", select: str = "", repeat: int = 1
+    settings: Settings,
+    *,
+    task: str,
+    options: str = "",
+    select: str = "",
+    repeat: int = 1,
+    shard: str = "",
 ) -> tuple[Settings, Path]:
     """Choose the target, build, and make the target and the directory of a run ready.
 
@@ -109,11 +128,21 @@ def prepare_run(
     :returns: the settings with the target in them, and the directory, for :func:`run_suite`.
     :raises HarnessError: as :func:`conform`, before anything was run.
     """
+    if settings.known:
+        load_known(settings.known)  # a wrong list is told before the work, not after it
     run_dir = new_run_dir(settings.reports)
     rerun = _rerun(settings, task) + options
     settings, choice = settled(settings)
     note(f"Target {choice.target}: {choice.reason}")
-    _prepare(settings, run_dir, select=select, repeat=repeat, chosen=choice.reason, rerun=rerun)
+    _prepare(
+        settings,
+        run_dir,
+        select=select,
+        repeat=repeat,
+        shard=shard,
+        chosen=choice.reason,
+        rerun=rerun,
+    )
     return settings, run_dir
 
 
@@ -133,16 +162,33 @@ def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -
     return _tell(run_dir, code, arguments)
 
 
-def report(settings: Settings, *, run: Path | None = None) -> int:
-    """Make the documents of a stored run again, and print its summary.
+def report(
+    settings: Settings,
+    *,
+    run: Path | None = None,
+    formats: Sequence[str] = FORMATS,
+    against: Path | None = None,
+) -> int:
+    """Make documents of a stored run again, and print its summary.
 
     :param run: its directory; the newest one if None.
+    :param formats: some of :data:`harness.report.FORMATS`.
+    :param against: an earlier run, for the mail to say what became of its verdicts.
     :returns: 0: the exit code is about the report, not about the run's verdicts.
-    :raises UsageError: there is no such run.
+    :raises UsageError: there is no such run or format.
     """
-    view = render(run or last_run(settings.reports))
-    print(f"Report: {view.run.path / 'report.html'}")
+    place = run or last_run(settings.reports)
+    view = render(place, formats or FORMATS, against=against, known=settings.known)
+    print(f"Report: {view.run.path}")
     return 0
+
+
+def merged_report(run_dir: Path) -> int:
+    """Make all documents of a run that was merged from others; the exit code is the run's."""
+    view = render(run_dir)
+    print(f"Report: {run_dir / 'report.html'}")
+    early = bool(view.run.end and view.run.end.reason)
+    return view.exit_code or (InfraError.exit_code if early else 0)
 
 
 # -- what runs ----------------------------------------------------------------------------------
@@ -184,7 +230,14 @@ def _check_clause(pattern: str) -> None:
 
 
 def _prepare(
-    settings: Settings, run_dir: Path, *, select: str, repeat: int, chosen: str, rerun: str
+    settings: Settings,
+    run_dir: Path,
+    *,
+    select: str,
+    repeat: int,
+    shard: str,
+    chosen: str,
+    rerun: str,
 ) -> None:
     """Build, make the target ready, and leave in the run's directory what workers need."""
     from harness.build.images import build_images
@@ -209,6 +262,7 @@ def _prepare(
         workers=settings.workers,
         select=select,
         repeat=repeat,
+        shard=shard,
         rerun=rerun,
         harness=__version__,
         python=platform.python_version(),
@@ -219,14 +273,22 @@ def _prepare(
             "release": machine.kernel_release,
             "series": machine.kernel_series,
             "key": kernel.key,
+            **_kernel_patches(settings, machine.kernel_series),
         },
-        qemu={"version": qemu.version, "series": qemu.series, "key": qemu.key},
+        qemu={
+            "version": qemu.version,
+            "series": qemu.series,
+            "key": qemu.key,
+            **record(load_series(settings.qemu_series), base=f"qemu {qemu.version}"),
+        },
         machine=machine_record(machine),
         prepare_s=round(time.monotonic() - start, 1),
     )
     try:
         with VerdictFile(run_dir) as file:
             file.write(facts)
+        if settings.known:
+            shutil.copyfile(settings.known, run_dir / KNOWN)
         save_settings(run_dir, settings)
         save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
         save_machine(run_dir, machine)
@@ -237,6 +299,16 @@ def _prepare(
             f"the run's directory {run_dir} cannot be written: {error.strerror}",
             hint="make room there, or set 'reports' to another directory",
         ) from error
+
+
+def _kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
+    """What is to be said of the kernel's series, if that is what the hosts run."""
+    if settings.kernel:
+        return {}
+    series = load_series(settings.kernel_series)
+    source = linux_source(settings)
+    found = record(series, base=f"{source.name} {source.version}")
+    return found if series.id == under_test else {}
 
 
 def _system() -> str:
@@ -388,7 +460,7 @@ def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
     log = run_dir / "pytest.log"
     rendered = True
     try:
-        render(run_dir, ("junit", "html"))
+        render(run_dir, [one for one in FORMATS if one != "summary"])
     except HarnessError as error:
         rendered = False
         print(f"error: {error}", file=sys.stderr)
@@ -411,6 +483,8 @@ def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
     if view.bad_tests:
         few = [test.test for test in view.bad_tests[:5]]
         print(f"Run {'them' if len(few) > 1 else 'it'} again: {view.rerun(few)}")
+    # pytest knows of no known failures: with nothing but these, its 1 means success.
+    code = 0 if code == _FAILED and view.known and view.exit_code == 0 else code
     return _settled(view.exit_code, code if rendered else InfraError.exit_code)
 
 

@@ -70,6 +70,8 @@ class Settings:
     bochs: Literal["debian", "built"] = "debian"
     """For target ``bochs``: Debian's package, or a newer one that is built from source and
     three times as fast."""
+    known: Path | None = None
+    """A list of known failures; see :mod:`harness.report.known`."""
     quiet_s: _Seconds = 2.0
     """How long a host stays under watch after each sequence, in seconds."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from harness.plugin.options import Session
+from harness.plugin.shard import in_part
 from harness.report.model import Planned
 
 __all__ = ["USAGE", "Collect", "TestFacts", "WrongTest", "facts_of"]
@@ -124,7 +125,11 @@ class Collect:
         if wanted:
             self._deselect(config, items, wanted)
         if not config.option.keyword and not any(".py" in arg for arg in config.args):
-            _leave(config, items, [item for item in items if item.get_closest_marker("on_request")])
+            _drop(config, items, [item for item in items if item.get_closest_marker("on_request")])
+        shard: str | None = config.getoption("--kvmi-shard")
+        if shard:
+            chosen = in_part((item.nodeid for item in items), shard)
+            _drop(config, items, [item for item in items if item.nodeid not in chosen])
         if self._session.own:
             # With several workers the long ones must not be the last to start.
             items.sort(key=lambda item: not ((facts := facts_of(item)) and facts.lifecycle))
@@ -132,13 +137,12 @@ class Collect:
     def _deselect(
         self, config: pytest.Config, items: list[pytest.Item], patterns: list[str]
     ) -> None:
-        dropped: list[pytest.Item] = []
-        for item in items:
+        def hit(item: pytest.Item) -> bool:
             facts = facts_of(item)
             clauses = facts.clauses if facts else ()
-            if not any(fnmatch.filter(clauses, pattern) for pattern in patterns):
-                dropped.append(item)
-        _leave(config, items, dropped)
+            return any(fnmatch.filter(clauses, pattern) for pattern in patterns)
+
+        _drop(config, items, [item for item in items if not hit(item)])
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Save what this run owes a verdict on, for whoever outlives this process."""
@@ -159,8 +163,8 @@ class Collect:
         write_plan(self._session.run_dir, plan)
 
 
-def _leave(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
-    """Take these out of what runs, and say so."""
+def _drop(config: pytest.Config, items: list[pytest.Item], dropped: list[pytest.Item]) -> None:
+    """Take tests out of those that run, and say so."""
     if dropped:
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=dropped)

@@ -45,6 +45,11 @@ def add_options(parser: pytest.Parser) -> None:
         help="run only tests of this clause; may end in * and may be repeated",
     )
     group.addoption(
+        "--kvmi-shard",
+        metavar="I/N",
+        help="run only the part I of N",
+    )
+    group.addoption(
         "--kvmi-repeat",
         metavar="N",
         type=int,
