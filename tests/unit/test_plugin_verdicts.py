@@ -221,6 +221,26 @@ def test_on_request(suite: Suite) -> None:
     assert set(suite.verdicts()) == {"test_short", "test_long"}  # the second run adds to the first
 
 
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "workers"])
+def test_shards_share_the_tests(suite: Suite, workers: tuple[str, ...]) -> None:
+    """Each test is in one of the shards, and each shard's plan is what it owes."""
+    source = """
+        @pytest.mark.parametrize("number", range(7))
+        @pytest.mark.clause("HOOK-OK")
+        def test_it(number): pass
+        """
+    shards = []
+    for shard in ("1/2", "2/2"):
+        suite.run_dir = suite.pytester.path / f"run-{shard[0]}"
+        result = suite.run(source, f"--kvmi-shard={shard}", *workers)
+        assert result.ret == 0
+        shards.append(set(suite.verdicts()))
+        planned = (suite.run_dir / "plan.jsonl").read_text().splitlines()
+        assert len(planned) == len(shards[-1])
+    assert sorted(len(shard) for shard in shards) == [3, 4]
+    assert set.union(*shards) == {f"test_it[{number}]" for number in range(7)}
+
+
 def test_leaks_are_errors(suite: Suite) -> None:
     """Threads left behind, and exceptions in threads and finalisers, are our errors."""
     suite.run(
