@@ -84,6 +84,7 @@ _OPTIONS = {
     "seed": "of the order in each round; of fuzz: any text (default: a new one)",
     "only": "these kinds, separated by blanks",
     "output": "write it to this file",
+    "bisect": "find the first patch that changes this clause, without trying all",
     "shard": "run only this part, such as 2/3; inv report.merge makes one run of all parts",
     "known": "TOML file of known failures",
     "formats": f"of {', '.join(FORMATS_OF_REPORTS)} (default: all)",
@@ -348,6 +349,33 @@ def conform(
     return run(settings, select=select, repeat=repeat, shard=shard)
 
 
+@_task("check")
+def series_check(
+    _context: Context,
+    *,
+    select: str | None = None,
+    bisect: str | None = None,
+    target: str | None = None,
+    workers: str | None = None,
+    kernel_series: str | None = None,
+    qemu_series: str | None = None,
+    flavour: str | None = None,
+    reports: str | None = None,
+) -> int:
+    """Judge a series patch by patch: applies, builds, boots, checkers, clauses."""
+    from harness.series.check import check
+
+    settings = _ready(
+        target=target,
+        workers=workers,
+        kernel_series=kernel_series,
+        qemu_series=qemu_series,
+        flavour=flavour,
+        reports=reports,
+    )
+    return check(settings, select=select, bisect=bisect)
+
+
 def _report(run: str | None, known: str | None = None, **options: Any) -> int:
     from harness.conform import report as render
 
@@ -521,7 +549,7 @@ namespace = Collection(
     build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
     bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),
-    series=Collection(series_describe),
+    series=Collection(series_describe, series_check),
     report=Collection(report_all, report_render, report_compare, report_merge),
     host=Collection(host_up, host_ssh, host_down),
     guest=Collection(guest_up, guest_ssh),

@@ -59,6 +59,9 @@ __all__ = ["conform", "report", "run_suite", "selection"]
 
 SUITES = ("tests/conformance", "tests/lifecycle")
 
+INTERRUPTED = "the run was interrupted"
+"""Why a run ended that somebody interrupted."""
+
 LOOK_EVERY_S = 0.5
 
 INTERRUPT_GRACE_S = 60.0
@@ -402,7 +405,7 @@ def _interrupt(process: subprocess.Popen[bytes]) -> str:
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
         process.wait(INTERRUPT_GRACE_S)
-    return "the run was interrupted"
+    return INTERRUPTED
 
 
 @contextlib.contextmanager

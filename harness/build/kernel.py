@@ -28,8 +28,12 @@ __all__ = [
     "build_kernel",
     "compiler",
     "half_written_removed",
+    "local_version",
+    "make_variables",
     "patched_source",
     "resolve_options",
+    "source_tree",
+    "source_under_test",
     "uapi_headers",
 ]
 
@@ -138,8 +142,10 @@ def _built_elsewhere(image: Path, *, root: Path) -> KernelBuild:
 
 def _fragments(flavour: str, series: Series) -> list[Path]:
     names = ["base"]
-    if series.patches:  # an unpatched kernel has none of the series' options
-        names.append("introspection")
+    introspection = paths.KERNEL_CONFIG / "introspection.config"
+    # Without the series, or after its first patches only, there is no such option.
+    if series.options() & {one.option for one in kconfig.read_fragment(introspection)}:
+        names.append(introspection.stem)
     if flavour not in names:
         names.append(flavour)
     return [paths.KERNEL_CONFIG / f"{name}.config" for name in names]
@@ -160,7 +166,7 @@ def _make(
     fragments: list[Path],
     progress: Step,
 ) -> None:
-    tree = _tree(settings, source)
+    tree = source_tree(settings, source)
     log = settings.cache / "logs" / "kernel.log"
     build = tree.place / f"build-{settings.flavour}"
     first = not build.is_dir()
@@ -192,7 +198,7 @@ def _make(
                     "make",
                     f"-j{settings.jobs}",
                     f"O={build}",
-                    *(f"{name}={value}" for name, value in (_VARIABLES | variables).items()),
+                    *make_variables(**variables),
                     *targets,
                 ],
                 cwd=tree.src,
@@ -221,13 +227,22 @@ def _make(
 
         if first:
             progress.update(total=_LINES_FROM_NOTHING)
-        label = series.digest[:8] if series.patches else "base"
         with half_written_removed(build):
-            make("bzImage", on_line=True, LOCALVERSION=f"-kvmi-{label}")
+            make("bzImage", on_line=True, LOCALVERSION=local_version(series))
         release = (build / "include/config/kernel.release").read_text().strip()
         shutil.copyfile(build / "arch/x86/boot/bzImage", into / "bzImage")
         shutil.copyfile(current, into / "config")
         (into / "build.json").write_text(json.dumps({"release": release}) + "\n")
+
+
+def make_variables(**more: str) -> list[str]:
+    """What each ``make`` has to be told, lest it make everything again."""
+    return [f"{name}={value}" for name, value in (_VARIABLES | more).items()]
+
+
+def local_version(series: Series) -> str:
+    """How the kernel's release tells the series."""
+    return f"-kvmi-{series.digest[:8] if series.patches else 'base'}"
 
 
 def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> str:
@@ -238,7 +253,7 @@ def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> 
     :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
     """
     into.write_text("\n".join(lines) + "\n")
-    with _source_under_test(settings) as (tree, build, lock):
+    with source_under_test(settings) as (tree, build, lock):
         run_logged(
             ["make", f"O={build}", f"KCONFIG_CONFIG={into}", "olddefconfig"],
             cwd=tree.src,
@@ -275,7 +290,7 @@ def patched_source(settings: Settings) -> Iterator[Path]:
             f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
         )
     source = linux_source(settings)
-    tree = _tree(settings, source)
+    tree = source_tree(settings, source)
     log = settings.cache / "logs" / "kernel.log"
     with tree.locked():
         with step(f"Unpack {source.name}") as progress:
@@ -284,13 +299,14 @@ def patched_source(settings: Settings) -> Iterator[Path]:
         yield tree.src
 
 
-def _tree(settings: Settings, source: Source) -> SourceTree:
+def source_tree(settings: Settings, source: Source) -> SourceTree:
+    """The tree in the cache that this source is unpacked into, now or later."""
     place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
     return SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
 
 
 @contextmanager
-def _source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, int]]:
+def source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, int]]:
     """The source with the series applied, where it was built, and the lock that we hold on it."""
     if settings.kernel:
         raise UsageError(
@@ -298,7 +314,7 @@ def _source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, i
         )
     series = load_series(settings.kernel_series)
     source = linux_source(settings)
-    tree = _tree(settings, source)
+    tree = source_tree(settings, source)
     build = tree.place / f"build-{settings.flavour}"
     if not build.is_dir():
         raise UsageError(f"{tree.place} has no build directory", hint="`inv build.kernel` makes it")

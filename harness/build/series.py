@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import PatchError, UsageError
@@ -19,6 +19,7 @@ _TOUCHED = re.compile(
     rb"|(?:rename|copy) (?:from|to) (?P<moved>[^\n]+))",
     re.MULTILINE,
 )
+_OPTION = re.compile(rb"^\+(?:menu)?config[ \t]+(?P<option>\w+)", re.MULTILINE)
 _SUBJECT = re.compile(r"^Subject: (?:\[[^]]*\] )?(?P<text>.*(?:\n[ \t].*)*)", re.MULTILINE)
 _FILE_LINE = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.MULTILINE)
 _FILE_ONLY = re.compile(r"^error: (?P<file>[^:\n]+): (?P<why>.+)$", re.MULTILINE)
@@ -102,6 +103,15 @@ class Series:
     def id(self) -> str:
         """What reports call the series: the directory's name and the start of the digest."""
         return f"{self.directory.name}@{self.digest[:12]}"
+
+    def options(self) -> set[str]:
+        """The kernel options that it adds, without ``CONFIG_``."""
+        text = b"\n".join(patch.content for patch in self.patches)
+        return {found["option"].decode() for found in _OPTION.finditer(text)}
+
+    def first(self, count: int) -> Series:
+        """The series up to its patch ``count``."""
+        return replace(self, patches=self.patches[:count])
 
     def touched(self) -> set[str]:
         """All paths that some patch touches."""

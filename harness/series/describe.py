@@ -22,7 +22,6 @@ __all__ = ["Described", "derive", "describe"]
 
 _UAPI = re.compile(r"(?:include/uapi|arch/x86/include/uapi)/(?P<header>\S+\.h)")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-_CONFIG = re.compile(r"^\+(?:menu)?config[ \t]+(?P<symbol>\w+)", re.MULTILINE)
 _IOCTL = "KVM_INTROSPECTION_"
 _CAPABILITY = "KVM_CAP_INTROSPECTION"
 # Others belong to KVM itself, and are there without the series.
@@ -69,7 +68,7 @@ def derive(series: Series, include: list[Path]) -> Described:
 
     :raises UsageError: there is no command in them, or they cannot be compiled.
     """
-    added, headers, symbols = _added(series)
+    added, headers = _added(series)
     facts = read_headers(include, sorted(headers), macros=added)
     constants = {name: value for name, value in facts.constants.items() if name in added}
     commands = _commands(facts, constants)
@@ -85,7 +84,7 @@ def derive(series: Series, include: list[Path]) -> Described:
     description = Description(
         revision=profile.name,
         capability=constants[_CAPABILITY],
-        config=sorted(f"CONFIG_{symbol}" for symbol in symbols),
+        config=sorted(f"CONFIG_{option}" for option in series.options()),
         commands=[c.name for c in profile.commands.values() if c.c_name in commands],
         events=[e.name for e in profile.events.values() if e.c_name in events],
         ioctls={name: ioctls[name] for name in profile.ioctls if name in ioctls},
@@ -109,24 +108,19 @@ def derive(series: Series, include: list[Path]) -> Described:
     return Described(description, tuple(differences))
 
 
-def _added(series: Series) -> tuple[set[str], set[str], set[str]]:
-    """Identifiers in added lines of headers for user space, these headers, and new options."""
+def _added(series: Series) -> tuple[set[str], set[str]]:
+    """Identifiers in added lines of headers for user space, and these headers."""
     names: set[str] = set()
     headers: set[str] = set()
-    symbols: set[str] = set()
     for patch in series.patches:
         for file in re.split(r"^diff --git ", patch.content.decode(errors="replace"), flags=re.M):
             path = re.search(r"^\+\+\+ b/(\S+)", file, re.MULTILINE)
-            if path is None:
-                continue
-            if found := _UAPI.fullmatch(path[1]):
+            if path and (found := _UAPI.fullmatch(path[1])):
                 headers.add(found["header"])
                 for line in file.splitlines():
                     if line.startswith("+") and not line.startswith("+++"):
                         names.update(_IDENTIFIER.findall(line))
-            elif Path(path[1]).name.startswith("Kconfig"):
-                symbols.update(one["symbol"] for one in _CONFIG.finditer(file))
-    return names, headers, symbols
+    return names, headers
 
 
 def _commands(facts: Headers, constants: dict[str, int]) -> dict[str, int]:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's own checkers of patches and of C: checkpatch, and sparse."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.build.kernel import (
+    build_environment,
+    local_version,
+    make_variables,
+    source_under_test,
+)
+from harness.build.series import Patch, load_series
+from harness.errors import BuildError
+from harness.settings import Settings
+
+__all__ = ["checkpatch", "sparse"]
+
+_TIMEOUT_S = 600
+_REMARK = re.compile(r"^[^:\n]*:(?P<line>\d+): (?P<what>(?:ERROR|WARNING|CHECK):.*)$", re.MULTILINE)
+_SPARSE = re.compile(r"^(?P<remark>\S+\.[ch]:\d+:\d+: (?:warning|error): .*)$", re.MULTILINE)
+
+
+def checkpatch(src: Path, patch: Patch) -> list[str]:
+    """What ``scripts/checkpatch.pl`` of the kernel's source says about a patch, a line each:
+    its kind, its line in the patch, its words. Nothing, if it has nothing to say.
+
+    :raises BuildError: it cannot be run.
+    """
+    if shutil.which("perl") is None:
+        raise BuildError("checkpatch needs perl", hint="apt-get install perl")
+    # From its standard input: in a git tree it takes a file's name for that of a source.
+    done = subprocess.run(
+        ["perl", "scripts/checkpatch.pl", "--terse", "--show-types", "--no-summary",
+         "--color=never", "-"],
+        cwd=src,
+        input=patch.content,
+        capture_output=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )  # fmt: skip
+    said = done.stdout.decode(errors="replace")
+    found = [f"{one['what']} (line {one['line']})" for one in _REMARK.finditer(said)]
+    if done.returncode != 0 and not found:
+        words = done.stderr.decode(errors="replace").strip() or said.strip()
+        raise BuildError(f"checkpatch failed: {words.splitlines()[0] if words else '?'}")
+    return found
+
+
+def sparse(settings: Settings, files: Iterable[str]) -> list[str]:
+    """What sparse says about those of the C files that were built for the settings' series.
+
+    :param files: paths in the kernel's source, of any kind.
+    :raises BuildError: sparse is not installed.
+    :raises UsageError: the series was not built here.
+    """
+    if shutil.which("sparse") is None:
+        raise BuildError("sparse is not installed", hint="apt-get install sparse")
+    series = load_series(settings.kernel_series)
+    with source_under_test(settings) as (tree, build, _lock):
+        objects = [
+            str(Path(file).with_suffix(".o"))
+            for file in sorted(files)
+            if file.endswith(".c") and (build / file).with_suffix(".o").exists()
+        ]
+        if not objects:
+            return []
+        variables = make_variables(LOCALVERSION=local_version(series))
+        done = subprocess.run(
+            ["make", f"-j{settings.jobs}", f"O={build}", "C=2", *variables, *objects],
+            cwd=tree.src,
+            env=build_environment(),
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    said = done.stderr.decode(errors="replace")
+    return list(dict.fromkeys(one["remark"] for one in _SPARSE.finditer(said)))

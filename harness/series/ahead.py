@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build the next patch's kernel in a process of its own while this one's is tested.
+
+``python -m harness.series.ahead SETTINGS``: it is nice, since tests have deadlines, and its
+end ends the compilers. What comes of it is in the cache, or is found out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness.build.run import bound_to_us
+from harness.errors import HarnessError
+from harness.settings import Settings
+
+__all__ = ["building_ahead"]
+
+_NICE = 10
+_GRACE_S = 20.0
+
+
+@contextmanager
+def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
+    """Build the kernel of the settings as long as the block runs; nothing if they are None.
+
+    :param place: a directory for its settings and its log.
+    """
+    if settings is None:
+        yield
+        return
+    from harness.plugin.inputs import save_settings
+
+    place.mkdir(parents=True, exist_ok=True)
+    save_settings(place, settings)
+    argv = [sys.executable, "-m", __spec__.name, str(place)]
+    with (place / "ahead.log").open("wb") as log:
+        process = subprocess.Popen(
+            bound_to_us(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def main(place: Path) -> int:
+    """Build; failure is no news here."""
+    from harness.build.kernel import build_kernel
+    from harness.plugin.inputs import load_run_settings
+
+    os.nice(_NICE)
+    with contextlib.suppress(HarnessError):
+        build_kernel(load_run_settings(place))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A series patch by patch: does each apply, build, boot, please the checkers, keep the clauses?
+
+What was found out is kept, a line for each patch, so an interrupted check goes on where it was
+and one that is repeated is free::
+
+    <reports>/series/<name>@<digest>-<key>/judged.jsonl   see harness.series.history.Judged
+    <reports>/series/<name>@<digest>-<key>/clauses.csv    patches down, clauses across
+    <reports>/series/<name>@<digest>-<key>/NNNN/          its kernel's series, and its run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from harness.build import cache, checkers
+from harness.build.kernel import build_kernel, patched_source
+from harness.build.progress import note
+from harness.build.series import Patch, Series, load_series
+from harness.conform import INTERRUPTED, conform, selection
+from harness.errors import (
+    BuildError,
+    ConformanceError,
+    HarnessError,
+    InfraError,
+    PatchError,
+    UsageError,
+)
+from harness.report.model import Outcome
+from harness.report.store import last_run, load_run
+from harness.report.view import view_of
+from harness.series.ahead import building_ahead
+from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.settings import Settings
+
+__all__ = ["Check", "check"]
+
+SUITE = "tests/conformance"
+"""Clauses of the kernel's side: those of QEMU do not change with the kernel's patches."""
+
+_UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
+_JOURNAL = "judged.jsonl"
+
+
+def check(settings: Settings, *, select: str | None = None, bisect: str | None = None) -> int:
+    """Judge each patch of the kernel's series, and tell what each does.
+
+    :param select: only these clauses or tests, as of :func:`harness.conform.conform`.
+    :param bisect: find the first patch that changes this clause, without trying all.
+    :returns: 0: each patch applies, builds and boots, and none breaks what held before it.
+        1: a patch breaks a clause, or its kernel does not boot. 3: one does not apply or build.
+    :raises UsageError: a series without patches, or a clause or test that does not exist.
+    """
+    series = load_series(settings.kernel_series)
+    if not series.patches:
+        raise UsageError(f"the series {series.id} has no patches to check")
+    if settings.kernel:
+        raise UsageError("a kernel that was built elsewhere has no patches to check")
+    selection(bisect or select, (SUITE,))
+    one = Check(settings, series, select=bisect or select)
+    if bisect:
+        return _bisect(one, bisect)
+    judged = []
+    for number in range(1, len(series.patches) + 1):
+        judged.append(one.judge(number, ahead=number + 1))
+        note(f"{number}/{len(series.patches)} {judged[-1].patch}: {_outcome(judged[-1])}")
+        if judged[-1].applies:
+            note("the patches after it are not looked at: they are made for it")
+            break
+    return _tell(one, judged)
+
+
+class Check:
+    """A series that is being checked, with what was found out so far.
+
+    :param select: what is run of the suite.
+    """
+
+    def __init__(self, settings: Settings, series: Series, *, select: str | None) -> None:
+        self.settings = settings
+        self.series = series
+        self.select = select
+        what = {
+            "select": select or "",
+            "target": settings.target,
+            "flavour": settings.flavour,
+            "abi": settings.abi,
+            "qemu": load_series(settings.qemu_series).digest,
+        }
+        key = cache.key_of({"check": json.dumps(what)})[:6]
+        self.place = settings.reports / "series" / f"{series.id}-{key}"
+        self.place.mkdir(parents=True, exist_ok=True)
+        self._journal = self.place / _JOURNAL
+        self._known = {one.digest: one for one in _records(self._journal)}
+
+    def judge(self, number: int, *, ahead: int | None = None) -> Judged:
+        """What there is to say about the series up to its patch ``number``; 0 is the base.
+
+        :param ahead: the number of patches whose kernel is built meanwhile.
+        """
+        series = self.series.first(number)
+        if (known := self._known.get(series.digest)) is not None:
+            return known
+        start = time.monotonic()
+        patch = series.patches[-1] if number else None
+        before = self._known.get(self.series.first(number - 1).digest) if number > 1 else None
+        if patch and before and before.verdicts and _only_text(patch):
+            found = Judged(
+                number=number,
+                patch=patch.name,
+                digest=series.digest,
+                checkpatch=self._checkpatch(self._settings(number), patch),
+                verdicts=before.verdicts,
+                same_as=before.same_as or before.number,
+            )
+        else:
+            found = self._look(number, patch, ahead)
+        found = msgspec.structs.replace(
+            found, duration_s=round(time.monotonic() - start, 1), digest=series.digest
+        )
+        with self._journal.open("ab") as file:
+            file.write(msgspec.json.encode(found) + b"\n")
+        self._known[found.digest] = found
+        return found
+
+    def _look(self, number: int, patch: Patch | None, ahead: int | None) -> Judged:
+        settings = self._settings(number)
+        name = patch.name if patch else "the base"
+        found = Judged(number=number, patch=name, digest="")
+        try:
+            build_kernel(settings)
+        except PatchError as error:
+            return msgspec.structs.replace(found, applies=error.message)
+        except BuildError as error:
+            return msgspec.structs.replace(found, builds=error.message)
+        if patch:
+            found = msgspec.structs.replace(
+                found,
+                checkpatch=self._checkpatch(settings, patch),
+                sparse=self._sparse(settings, patch),
+            )
+        following = None
+        if ahead is not None and ahead <= len(self.series.patches):
+            following = self._settings(ahead)
+        with building_ahead(following, self._where(number) / "ahead"):
+            boots, run, verdicts = self._run(settings)
+        return msgspec.structs.replace(found, boots=boots, run=run, verdicts=verdicts)
+
+    def _run(self, settings: Settings) -> tuple[str, str, dict[str, Outcome]]:
+        """What kept the kernel from being tested; the run's directory; the clauses' verdicts."""
+        shutil.rmtree(settings.reports, ignore_errors=True)  # of a check that was interrupted
+        settings.reports.mkdir(parents=True)
+        trouble = ""
+        with (settings.reports / "summary.txt").open("w") as summary:
+            try:
+                # Ours is the table of all patches; each one's summary is in its directory.
+                with contextlib.redirect_stdout(summary):
+                    conform(settings, select=self.select, suites=(SUITE,))
+            except (ConformanceError, InfraError) as error:
+                trouble = error.message
+        try:
+            view = view_of(load_run(last_run(settings.reports)))
+        except HarnessError:
+            return trouble or "no test ran", "", {}
+        if view.run.end is not None and view.run.end.reason == INTERRUPTED:
+            raise KeyboardInterrupt
+        verdicts = {name: result.verdict for name, result in view.results.items() if name}
+        return trouble, str(view.run.path), verdicts
+
+    def _checkpatch(self, settings: Settings, patch: Patch) -> list[str]:
+        try:
+            with patched_source(settings) as src:
+                return checkers.checkpatch(src, patch)
+        except BuildError as error:
+            return [f"not run: {error.message}"]
+
+    def _sparse(self, settings: Settings, patch: Patch) -> list[str]:
+        try:
+            return checkers.sparse(settings, patch.touched())
+        except BuildError as error:
+            return [f"not run: {error.message}"]
+
+    def _where(self, number: int) -> Path:
+        return self.place / f"{number:04d}"
+
+    def _settings(self, number: int) -> Settings:
+        """Settings with the series up to a patch, and a place for its reports."""
+        place = self._where(number)
+        directory = place / self.series.directory.name
+        if not directory.is_dir():
+            partial = place / ".series.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for patch in self.series.patches[:number]:
+                (partial / patch.name).write_bytes(patch.content)
+            partial.rename(directory)
+        return dataclasses.replace(
+            self.settings, kernel_series=directory, reports=place / "reports"
+        )
+
+
+def _records(journal: Path) -> Iterator[Judged]:
+    """What an earlier check left; a line that was cut is as if it were not there."""
+    if not journal.is_file():
+        return
+    for line in journal.read_bytes().splitlines():
+        with contextlib.suppress(msgspec.MsgspecError):
+            yield msgspec.json.decode(line, type=Judged)
+
+
+def _only_text(patch: Patch) -> bool:
+    """Whether the patch changes nothing that is compiled or run."""
+    touched = patch.touched() - {"/dev/null"}
+    return bool(touched) and all(path.startswith(_UNTESTED) for path in touched)
+
+
+def _bisect(one: Check, clause: str) -> int:
+    def state(number: int) -> Outcome | None:
+        judged = one.judge(number)
+        outcome = judged.verdicts.get(clause)
+        note(f"after {number} patches {clause} is {outcome or judged.problem or 'untested'}")
+        return outcome
+
+    number, outcome = first_change(len(one.series.patches), state)
+    patch = one.series.patches[number - 1]
+    print(f"{clause} is {outcome or 'without a verdict'} since patch {number}, {patch.name}")
+    judged = one.judge(number)
+    print(judged.problem or f"its run: {judged.run}")
+    return 0 if outcome is Outcome.PASS else 1
+
+
+def _outcome(one: Judged) -> str:
+    if one.problem:
+        return one.problem
+    counts = [f"{n} {o}" for o in Outcome if (n := list(one.verdicts.values()).count(o))]
+    same = f" (as patch {one.same_as}: it changes only text)" if one.same_as else ""
+    return (", ".join(counts) or "no clause was tested") + same
+
+
+def _tell(one: Check, judged: list[Judged]) -> int:
+    console = Console(highlight=False)
+    broken = breaks(judged)
+    since = holds_since(judged)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("", "Patch", "checkpatch", "sparse", *Outcome, "begin to hold", "break"):
+        table.add_column(heading, justify="left" if heading == "Patch" else "right")
+    for row in judged:
+        values = list(row.verdicts.values())
+        counts = [str(values.count(outcome) or "·") for outcome in Outcome]
+        begun = sum(number == row.number for number in since.values())
+        table.add_row(
+            str(row.number),
+            row.patch,
+            str(len(row.checkpatch) or "·"),
+            str(len(row.sparse) or "·"),
+            *counts,
+            str(begun or "·"),
+            str(len(broken.get(row.number, ())) or "·"),
+        )
+    console.print(table)
+    for row in judged:
+        if row.problem:
+            console.print(f"{row.number} {row.patch} {row.problem}", soft_wrap=True)
+    for number, clauses in broken.items():
+        name = one.series.patches[number - 1].name
+        console.print(f"{number} {name} breaks {', '.join(clauses)}", soft_wrap=True)
+    (one.place / "clauses.csv").write_text(to_csv(judged))
+    console.print(f"Patches and clauses: {one.place / 'clauses.csv'}", soft_wrap=True)
+    if any(row.applies or row.builds for row in judged):
+        return BuildError.exit_code
+    return ConformanceError.exit_code if broken or any(row.boots for row in judged) else 0

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A series patch by patch: what follows from verdicts, what is kept, what the checkers say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness import paths
+from harness.build.checkers import checkpatch
+from harness.build.kernel import local_version
+from harness.build.series import Patch, load_series
+from harness.errors import BuildError, UsageError
+from harness.report.model import Outcome
+from harness.series.ahead import building_ahead
+from harness.series.check import Check, check
+from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.settings import Settings, load_settings
+
+OWN = paths.KERNEL_CONFIG / "linux"
+P, F, M, S = Outcome.PASS, Outcome.FAIL, Outcome.MISS, Outcome.SKIP
+
+
+def judged(number: int, **verdicts: Outcome) -> Judged:
+    return Judged(number=number, patch=f"{number:04d}.patch", digest=str(number),
+                  verdicts=verdicts)  # fmt: skip
+
+
+# -- history ------------------------------------------------------------------------------------
+
+
+def test_since_when_a_clause_holds_and_what_breaks_it() -> None:
+    history = [
+        judged(1, A=F, B=F, C=F),
+        judged(2, A=P, B=P, C=F),
+        Judged(number=3, patch="3", digest="3", builds="a semicolon"),
+        judged(4, A=P, B=F, C=F, D=S),
+        judged(5, A=P, B=P, C=P, D=P),
+        judged(6, A=P, B=P, C=M, D=P),
+    ]
+    assert holds_since(history) == {"A": 2, "B": 5, "D": 5}
+    assert breaks(history) == {4: ["B"], 6: ["C"]}
+    assert history[2].problem == "does not build: a semicolon"
+
+
+def test_the_table_has_patches_down_and_clauses_across() -> None:
+    rows = list(csv.reader(io.StringIO(to_csv([judged(1, A=F), judged(2, A=P, B=P)]))))
+    assert rows == [
+        ["number", "patch", "problem", "A", "B"],
+        ["1", "0001.patch", "", "FAIL", ""],
+        ["2", "0002.patch", "", "PASS", "PASS"],
+    ]
+
+
+@pytest.mark.parametrize("last", [1, 2, 7, 30, 77])
+def test_the_first_change_is_found_with_few_steps(last: int) -> None:
+    for change in range(1, last + 1):
+        tried: list[int] = []
+
+        def state(number: int, change: int = change, tried: list[int] = tried) -> Outcome:
+            tried.append(number)
+            return P if number >= change else F
+
+        assert first_change(last, state) == (change, P)
+        assert len(set(tried)) <= 2 * last.bit_length() + 2
+
+        # Broken by a patch after it held from the first one on.
+        if change > 1:
+            broken = [F] + [P] * (change - 1) + [F] * (last - change + 1)
+            assert first_change(last, broken.__getitem__) == (change, F)
+
+
+def test_a_clause_that_never_changes() -> None:
+    with pytest.raises(UsageError, match="is FAIL all the time"):
+        first_change(30, lambda _number: F)
+    with pytest.raises(UsageError, match="without a verdict all the time"):
+        first_change(3, lambda _number: None)
+
+
+# -- what is kept -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    series = tmp_path / "mine"
+    series.mkdir()
+    for number, path in enumerate(("a.c", "Documentation/x.rst", "b.c"), start=1):
+        (series / f"{number:04d}-p.patch").write_text(
+            f"Subject: [PATCH] p{number}\n\n---\ndiff --git a/{path} b/{path}\n"
+            f"--- a/{path}\n+++ b/{path}\n@@ -1 +1 @@\n-a\n+b\n"
+        )
+    return load_settings(
+        kernel_series=series, qemu_series=series, cache=tmp_path / "c", reports=tmp_path / "r"
+    )
+
+
+def test_what_was_found_out_is_not_found_out_again(settings: Settings) -> None:
+    """A journal whose writer was killed within a line; nothing is built or run here."""
+    series = load_series(settings.kernel_series)
+    first = Check(settings, series, select=None)
+    known = [
+        msgspec.structs.replace(judged(n, A=P), digest=series.first(n).digest) for n in (1, 2, 3)
+    ]
+    lines = b"".join(msgspec.json.encode(one) + b"\n" for one in known)
+    (first.place / "judged.jsonl").write_bytes(lines + b'{"number":4,"pa')
+    again = Check(settings, series, select=None)
+    assert [again.judge(number) for number in (1, 2, 3)] == known
+    assert Check(settings, series, select="HOOK-OK").place != first.place
+
+
+def test_a_patch_of_documentation_is_as_the_one_before(settings: Settings, tmp_path: Path) -> None:
+    tree = _kernel_tree()
+    if tree is None:
+        pytest.skip("no kernel tree in the cache")
+    series = load_series(settings.kernel_series)
+    one = Check(settings, series, select=None)
+    known = msgspec.structs.replace(judged(1, A=P), digest=series.first(1).digest)
+    (one.place / "judged.jsonl").write_bytes(msgspec.json.encode(known) + b"\n")
+
+    class Here(Check):
+        """One that does not unpack a source for checkpatch."""
+
+        def _checkpatch(self, settings: Settings, patch: Patch) -> list[str]:
+            assert tree is not None
+            return checkpatch(tree, patch)
+
+    found = Here(settings, series, select=None).judge(2)
+    assert (found.same_as, found.verdicts) == (1, {"A": P})
+    assert found.checkpatch
+
+
+def test_series_that_cannot_be_checked(settings: Settings, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    kwargs = {"qemu_series": empty, "cache": tmp_path, "reports": tmp_path}
+    with pytest.raises(UsageError, match="no patches to check"):
+        check(load_settings(kernel_series=empty, **kwargs))
+    with pytest.raises(UsageError, match="there is no clause HOOK-OKAY"):
+        check(settings, bisect="HOOK-OKAY")
+
+
+def test_building_ahead_ends_with_its_block(settings: Settings, tmp_path: Path) -> None:
+    place = tmp_path / "ahead"
+    with building_ahead(settings, place):
+        assert (place / "settings.json").is_file()
+    assert (place / "ahead.log").is_file()
+    with building_ahead(None, tmp_path / "nothing"):
+        assert not (tmp_path / "nothing").exists()
+
+
+# -- checkers -----------------------------------------------------------------------------------
+
+
+def _kernel_tree() -> Path | None:
+    found = sorted(paths.cache_dir().glob("trees/linux-*/src/scripts/checkpatch.pl"))
+    return found[0].parent.parent if found else None
+
+
+@pytest.mark.skipif(_kernel_tree() is None, reason="no kernel tree in the cache")
+@pytest.mark.skipif(not shutil.which("perl"), reason="no perl here")
+def test_checkpatch_is_asked_about_the_patch_itself(tmp_path: Path) -> None:
+    tree = _kernel_tree()
+    assert tree is not None
+    own = load_series(OWN).patches[0]
+    assert not [line for line in checkpatch(tree, own) if line.startswith("ERROR")]
+    bad = Patch(tmp_path / "x.patch", own.content.replace(b"\n+\t", b"\n+        ", 1))
+    found = checkpatch(tree, bad)
+    assert any("CODE_INDENT" in line and "(line " in line for line in found)
+    with pytest.raises(BuildError, match="checkpatch failed"):
+        checkpatch(tmp_path, own)
+
+
+def test_an_unfinished_series_asks_for_no_option_of_it() -> None:
+    series = load_series(OWN)
+    assert series.first(1).options() == set()
+    assert series.options() == {"KVM_INTROSPECTION"}
+    assert local_version(series.first(0)) == "-kvmi-base"
