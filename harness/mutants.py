@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from harness import paths
 from harness.build.kernel import build_kernel
+from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.qemu import build_qemu
 from harness.build.series import load_series
@@ -47,19 +48,11 @@ class _Kind:
     series: str
     """Which setting names the series."""
     build: Callable[[Settings], object]
-    passing: tuple[str, ...]
-    """Kinds of the cache that hold what depends on it. They are made in a cache beside the
-    usual one and thrown away after each mutant: a saved host takes a gigabyte."""
 
 
 _KINDS = {
-    "kernel": _Kind(
-        "tests/conformance",
-        "kernel_series",
-        build_kernel,
-        ("kernel", "initrd", "host-disk", "guest-disk", "template", "bochs-host", "bochs-medium"),
-    ),
-    "qemu": _Kind("tests/lifecycle", "qemu_series", build_qemu, ("qemu", "host-disk", "template")),
+    "kernel": _Kind("tests/conformance", "kernel_series", build_kernel),
+    "qemu": _Kind("tests/lifecycle", "qemu_series", build_qemu),
 }
 
 
@@ -218,10 +211,8 @@ def _build(settings: Settings, mutant: Mutant) -> Settings:
     root = usual / _ROOT / mutant.name
     series = root / "series"
     try:
-        series.mkdir(parents=True)
-        for place in usual.iterdir():
-            if place.is_dir() and place.name not in (*kind.passing, _ROOT):
-                (root / place.name).symlink_to(place)
+        passing_cache(usual, root, of=mutant.of)
+        series.mkdir()
         for patch in load_series(original).patches:
             shutil.copy(patch.path, series)
         shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from harness.build import cache, checkers
 from harness.build.kernel import build_kernel, patched_source
+from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import Patch, Series, load_series
 from harness.conform import INTERRUPTED, conform, selection
@@ -68,16 +69,23 @@ def check(settings: Settings, *, select: str | None = None, bisect: str | None =
         raise UsageError("a kernel that was built elsewhere has no patches to check")
     selection(bisect or select, (SUITE,))
     one = Check(settings, series, select=bisect or select)
-    if bisect:
-        return _bisect(one, bisect)
-    judged = []
-    for number in range(1, len(series.patches) + 1):
-        judged.append(one.judge(number, ahead=number + 1))
-        note(f"{number}/{len(series.patches)} {judged[-1].patch}: {_outcome(judged[-1])}")
-        if judged[-1].applies:
+    try:
+        if bisect:
+            return _bisect(one, bisect)
+        return _tell(one, list(_each(one)))
+    finally:
+        shutil.rmtree(one.passing, ignore_errors=True)
+
+
+def _each(one: Check) -> Iterator[Judged]:
+    total = len(one.series.patches)
+    for number in range(1, total + 1):
+        judged = one.judge(number, ahead=number + 1)
+        note(f"{number}/{total} {judged.patch}: {_outcome(judged)}")
+        yield judged
+        if judged.applies:
             note("the patches after it are not looked at: they are made for it")
-            break
-    return _tell(one, judged)
+            return
 
 
 class Check:
@@ -100,6 +108,7 @@ class Check:
         key = cache.key_of({"check": json.dumps(what)})[:6]
         self.place = settings.reports / "series" / f"{series.id}-{key}"
         self.place.mkdir(parents=True, exist_ok=True)
+        self.passing = settings.cache / "check" / self.place.name
         self._journal = self.place / _JOURNAL
         self._known = {one.digest: one for one in _records(self._journal)}
 
@@ -125,6 +134,7 @@ class Check:
             )
         else:
             found = self._look(number, patch, ahead)
+            shutil.rmtree(self.passing / f"{number:04d}", ignore_errors=True)
         found = msgspec.structs.replace(
             found, duration_s=round(time.monotonic() - start, 1), digest=series.digest
         )
@@ -205,7 +215,10 @@ class Check:
                 (partial / patch.name).write_bytes(patch.content)
             partial.rename(directory)
         return dataclasses.replace(
-            self.settings, kernel_series=directory, reports=place / "reports"
+            self.settings,
+            cache=passing_cache(self.settings.cache, self.passing / f"{number:04d}"),
+            kernel_series=directory,
+            reports=place / "reports",
         )
 
 
