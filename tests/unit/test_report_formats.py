@@ -317,6 +317,9 @@ def test_known_failures_are_told_apart_everywhere(
     data = json.loads((run / "kcidb.json").read_text())
     assert [test.get("waived", False) for test in data["tests"]] == [False, True, False]
     assert "# known failure: https://bugs/1" in (run / "ktap.txt").read_text()
+    page = (run / "report.html").read_text()
+    assert "Known failure: <code>HOOK-ABI</code>, tracked at https://bugs/1" in page
+    assert "<code>UNHOOK-ABI</code> holds again" in page
     suite = junitparser.JUnitXml.fromfile(str(run / "junit.xml"))
     assert (suite.failures, suite.skipped) == (0, 1)
 
