@@ -10,6 +10,7 @@ to the two runs would differ as much as these do.
 from __future__ import annotations
 
 import bisect
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -35,12 +36,16 @@ _EXIT = "exit"
 
 @dataclass(frozen=True)
 class Speed:
-    """One kind of event in two runs: medians of the rounds' ratios, and the test's p-value."""
+    """One kind of event in two runs: medians of the rounds' ratios, and the test's p-value.
+
+    ``enough``: with so many rounds, a difference can be told from chance at all.
+    """
 
     kind: str
     before: float
     after: float
     p: float
+    enough: bool = True
 
     @property
     def factor(self) -> float:
@@ -59,6 +64,7 @@ class Speed:
 
     def __str__(self) -> str:
         verdict = "SLOWER" if self.slower else "faster" if self.faster else "same"
+        verdict = verdict if self.enough else "too few rounds to tell"
         return (
             f"{self.kind:<20} {self.before:8.2f} -> {self.after:8.2f}  "
             f"x{self.factor:.2f}  p={self.p:.4f}  {verdict}"
@@ -74,38 +80,55 @@ class _Kind(msgspec.Struct):
     hold: _Hold | None = None
 
 
+class _Machine(msgspec.Struct, frozen=True):
+    target: str = ""
+    virtualisation: str = ""
+
+
 class _Bench(msgspec.Struct):
     """The part of a benchmark's record that is compared; see :mod:`harness.bench.result`."""
 
     kinds: list[_Kind]
+    machine: _Machine = _Machine()
 
 
 def speeds_of(before: Path, after: Path) -> list[Speed]:
     """What both runs measured; nothing unless both hold a benchmark.
 
-    :raises UsageError: a benchmark cannot be read.
+    :raises UsageError: a benchmark cannot be read, or they are of different targets.
     """
     if not all((path / _BENCH).is_file() for path in (before, after)):
         return []
-    a, b = _ratios(before), _ratios(after)
+    benches = [_read(before), _read(after)]
+    machines = [" ".join(msgspec.structs.astuple(one.machine)) for one in benches]
+    if machines[0] != machines[1]:
+        raise UsageError(
+            f"figures of different machines do not compare: {machines[0]}, and {machines[1]}"
+        )
+    a, b = (_ratios(bench, path) for bench, path in zip(benches, (before, after), strict=True))
     return [
         Speed(
             kind,
             statistics.median(a[kind]),
             statistics.median(b[kind]),
             permutation_test(a[kind], b[kind]),
+            # The least that the test can answer: all deals but the two extreme ones differ less.
+            2 / math.comb(len(a[kind]) + len(b[kind]), len(a[kind])) < LEVEL,
         )
         for kind in a
         if kind in b
     ]
 
 
-def _ratios(run: Path) -> dict[str, list[float]]:
-    """For each kind the rounds' ratios to the plain exit."""
+def _read(run: Path) -> _Bench:
     try:
-        bench = msgspec.json.decode((run / _BENCH).read_bytes(), type=_Bench)
+        return msgspec.json.decode((run / _BENCH).read_bytes(), type=_Bench)
     except msgspec.MsgspecError as error:
         raise UsageError(f"{run / _BENCH} cannot be read: {error}") from error
+
+
+def _ratios(bench: _Bench, run: Path) -> dict[str, list[float]]:
+    """For each kind the rounds' ratios to the plain exit."""
     holds = {one.name: one.hold.rounds_ns for one in bench.kinds if one.hold is not None}
     exits = holds.pop(_EXIT, None)
     if exits is None:

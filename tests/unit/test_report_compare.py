@@ -145,6 +145,21 @@ def test_a_difference_that_nobody_would_notice_is_none(tmp_path: Path) -> None:
     assert not one.slower
 
 
+def test_figures_that_cannot_tell_anything_say_so(tmp_path: Path) -> None:
+    a, b = bench(tmp_path / "a", {"cr": 1.0}), bench(tmp_path / "b", {"cr": 3.0})
+    for run in (a, b):
+        data = json.loads((run / "bench.json").read_text())
+        for kind in data["kinds"][:2]:
+            kind["hold"]["rounds_ns"] = kind["hold"]["rounds_ns"][:3]
+        (run / "bench.json").write_text(json.dumps(data))
+    (one,) = speeds_of(a, b)
+    assert not one.slower
+    assert str(one).endswith("too few rounds to tell")
+    (b / "bench.json").write_text(json.dumps(data | {"machine": {"target": "bochs"}}))
+    with pytest.raises(UsageError, match="different machines"):
+        speeds_of(a, b)
+
+
 def test_permutation_test() -> None:
     same = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert permutation_test(same, same) == 1.0
