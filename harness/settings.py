@@ -150,15 +150,15 @@ def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any
             raise UsageError(
                 f"{where}: unknown setting {key!r}", hint=f"known are: {', '.join(sorted(_TYPES))}"
             )
-        if _TYPES[key] in (Path, Path | None):
+        if _TYPES[key] in (Path, Path | None, Path | str):
             if not isinstance(value, str | Path):
                 raise UsageError(
                     f"{where}: {key} = {value!r} is not a path", hint='a path is text: "…"'
                 )
-            checked[key] = base / Path(value).expanduser()
-            continue
-        if _TYPES[key] == Path | str:
-            checked[key] = anchored(str(value), base=base)
+            series = _TYPES[key] == Path | str
+            checked[key] = (
+                anchored(str(value), base=base) if series else base / Path(value).expanduser()
+            )
             continue
         try:
             # Options of a command are all text; a file says what is a number.
