@@ -65,6 +65,8 @@ _OPTIONS = {
     "workers": "test processes, each with a host of its own",
     "kernel_series": f"the kernel's patches: {FORMS}",
     "qemu_series": "QEMU's patches, likewise",
+    "kernel_base": "what they are for, if not Debian's source: a tarball, or TREE:REF",
+    "qemu_base": "likewise, for QEMU's patches",
     "flavour": "kernel configuration fragment on top of base",
     "kernel": "a bzImage that was built elsewhere, instead of the series",
     "reports": "directory of the reports",
@@ -149,21 +151,26 @@ def _look_at_kept_host(settings: Settings) -> list[Any]:
 
 @_task("kernel")
 def build_kernel(
-    _context: Context, kernel_series: str | None = None, flavour: str | None = None
+    _context: Context,
+    kernel_series: str | None = None,
+    kernel_base: str | None = None,
+    flavour: str | None = None,
 ) -> None:
     """Build the kernel of the series."""
     from harness.build.kernel import build_kernel as build
 
-    built = build(_ready(kernel_series=kernel_series, flavour=flavour))
+    built = build(_ready(kernel_series=kernel_series, kernel_base=kernel_base, flavour=flavour))
     print(f"{built.release}, {built.series}: {built.bzimage}")
 
 
 @_task("qemu")
-def build_qemu(_context: Context, qemu_series: str | None = None) -> None:
+def build_qemu(
+    _context: Context, qemu_series: str | None = None, qemu_base: str | None = None
+) -> None:
     """Build the QEMU of the series."""
     from harness.build.qemu import build_qemu as build
 
-    built = build(_ready(qemu_series=qemu_series))
+    built = build(_ready(qemu_series=qemu_series, qemu_base=qemu_base))
     print(f"QEMU {built.version}, {built.series}: {built.binary}")
 
 
@@ -326,6 +333,8 @@ def conform(
     repeat: int = 1,
     kernel_series: str | None = None,
     qemu_series: str | None = None,
+    kernel_base: str | None = None,
+    qemu_base: str | None = None,
     flavour: str | None = None,
     kernel: str | None = None,
     reports: str | None = None,
@@ -341,6 +350,8 @@ def conform(
         workers=workers,
         kernel_series=kernel_series,
         qemu_series=qemu_series,
+        kernel_base=kernel_base,
+        qemu_base=qemu_base,
         flavour=flavour,
         kernel=kernel,
         reports=reports,
@@ -359,6 +370,8 @@ def series_check(
     workers: str | None = None,
     kernel_series: str | None = None,
     qemu_series: str | None = None,
+    kernel_base: str | None = None,
+    qemu_base: str | None = None,
     flavour: str | None = None,
     reports: str | None = None,
 ) -> int:
@@ -370,6 +383,8 @@ def series_check(
         workers=workers,
         kernel_series=kernel_series,
         qemu_series=qemu_series,
+        kernel_base=kernel_base,
+        qemu_base=qemu_base,
         flavour=flavour,
         reports=reports,
     )
@@ -424,12 +439,15 @@ def report_merge(_context: Context, runs: str, reports: str | None = None) -> in
 
 @_task("describe")
 def series_describe(
-    _context: Context, kernel_series: str | None = None, output: str | None = None
+    _context: Context,
+    kernel_series: str | None = None,
+    kernel_base: str | None = None,
+    output: str | None = None,
 ) -> int:
     """Make the description of a series from the headers that it adds; show what differs."""
     from harness.series.describe import describe
 
-    settings = _ready(kernel_series=kernel_series)
+    settings = _ready(kernel_series=kernel_series, kernel_base=kernel_base)
     return describe(settings, output=Path(output) if output else None)
 
 

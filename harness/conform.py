@@ -73,6 +73,12 @@ STALLED_S = 900.0
 FULL_BYTES = 1 << 20
 """With less than this left, a disk counts as full."""
 
+_RERUN = (
+    "target", "ssh_host", "kernel_series", "qemu_series", "kernel_base", "qemu_base", "flavour",
+    "kernel",
+)  # fmt: skip
+"""Settings that the command has which starts a run again."""
+
 _FAILED, _USAGE, _NO_TESTS = 1, 4, 5  # pytest.ExitCode, which is slow to import
 
 
@@ -326,7 +332,7 @@ def _rerun(settings: Settings, task: str) -> str:
     if task == "conform" and "TOX_ENV_NAME" in os.environ:
         command = "python3 -m tox run -e conform --"
     usual = load_settings()
-    for name in ("target", "ssh_host", "kernel_series", "qemu_series", "flavour", "kernel"):
+    for name in _RERUN:
         value = getattr(settings, name)
         if value != getattr(usual, name):
             command += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"

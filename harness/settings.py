@@ -51,6 +51,11 @@ class Settings:
     :func:`with_series` it may be another form that :mod:`harness.series` knows."""
     qemu_series: Path | str = paths.KERNEL_CONFIG / "qemu"
     """QEMU's patches, in the same forms."""
+    kernel_base: Path | None = None
+    """What the kernel's patches are applied to instead of Debian's source: a tarball, or
+    ``TREE:REF`` of a git tree here."""
+    qemu_base: Path | None = None
+    """What QEMU's patches are applied to, likewise."""
     flavour: _Name = "base"
     """Kernel configuration: ``base``, or a further fragment of this name on top of it."""
     kernel: Path | None = None

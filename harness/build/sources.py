@@ -23,11 +23,19 @@ from pathlib import Path
 from harness.build import cache
 from harness.build.archive import Apt, Archive, machine_archives, machine_codename, primary
 from harness.build.progress import Step, step
-from harness.build.run import bound_to_us, refuse_full_disk, run_logged
-from harness.errors import BuildError
+from harness.build.run import bound_to_us, output_of, refuse_full_disk, run_logged
+from harness.errors import BuildError, UsageError
 from harness.settings import Settings
 
-__all__ = ["Source", "bochs_source", "fetch", "linux_source", "qemu_source", "unpack"]
+__all__ = [
+    "Source",
+    "bochs_source",
+    "fetch",
+    "linux_source",
+    "named_source",
+    "qemu_source",
+    "unpack",
+]
 
 LINUX_PACKAGE = "linux-source-6.12"
 QEMU_PACKAGE = "qemu"
@@ -49,7 +57,9 @@ class Source:
     digest: str
     """SHA-256 over what was fetched."""
     main_file: Path
-    """The .deb, .dsc, or tarball."""
+    """The .deb, .dsc, or tarball; the git tree if there is a commit."""
+    commit: str = ""
+    """The commit of that tree."""
 
     @property
     def upstream(self) -> str:
@@ -59,18 +69,60 @@ class Source:
 
 
 def linux_source(settings: Settings) -> Source:
-    """The kernel's source, fetched if the cache has none."""
+    """The kernel's source: the one of the settings, or Debian's, fetched if the cache has none.
+
+    :raises UsageError: the settings name something that is no source.
+    """
+    if settings.kernel_base:
+        return named_source("linux", settings.kernel_base)
     return _kept(settings, LINUX_PACKAGE) or fetch(settings, LINUX_PACKAGE)
 
 
 def qemu_source(settings: Settings) -> Source:
-    """QEMU's source package, fetched if the cache has none."""
+    """QEMU's source: the one of the settings, or Debian's, fetched if the cache has none.
+
+    :raises UsageError: the settings name something that is no source.
+    """
+    if settings.qemu_base:
+        return named_source("qemu", settings.qemu_base)
     return _kept(settings, QEMU_PACKAGE) or fetch(settings, QEMU_PACKAGE)
 
 
 def bochs_source(settings: Settings) -> Source:
     """Bochs's source, fetched if the cache has none."""
     return _kept(settings, BOCHS_PACKAGE) or fetch(settings, BOCHS_PACKAGE)
+
+
+def named_source(name: str, base: Path) -> Source:
+    """The source that somebody has: a tarball, or ``TREE:REF`` of a git tree.
+
+    :raises UsageError: it is neither.
+    """
+    if base.is_file():
+        with base.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = re.search(r"-(\d+(?:\.\d+)+(?:-rc\d+)?)\.(?:orig\.)?tar", base.name)
+        if ".tar" not in base.name:
+            raise UsageError(f"the base {base} is no tarball", hint="such as linux-6.12.tar.xz")
+        return Source(name, found[1] if found else base.name, digest, base)
+    tree, _, reference = str(base).rpartition(":")
+    place = Path(tree)
+    if not tree or not place.is_dir():
+        raise UsageError(
+            f"there is no base {base}", hint="a base is a tarball, or TREE:REF of a git tree"
+        )
+    try:
+        commit = output_of(["git", "rev-parse", "--verify", f"{reference}^{{commit}}"], cwd=place)
+        version = output_of(["git", "describe", "--tags", "--always", commit.strip()], cwd=place)
+    except BuildError as error:
+        raise UsageError(
+            f"{tree} has no commit {reference}",
+            hint="name a branch, a tag, or a commit's id of a git tree",
+            details=error.details,
+        ) from error
+    # A commit's id is a digest of the content.
+    commit = commit.strip()
+    return Source(name, version.strip().removeprefix("v"), commit, place, commit)
 
 
 def _kept(settings: Settings, package: str) -> Source | None:
@@ -167,7 +219,13 @@ def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
         return
     progress.update(doing=source.main_file.name)
     into.mkdir()
-    if ".orig.tar." in source.main_file.name:
+    if source.commit:
+        archive = ["git", "-C", str(source.main_file), "archive", "--format=tar", source.commit]
+        _pipeline(
+            [archive, ["tar", "-x", "-C", str(into)]], log=log, what=f"unpacking {source.name}"
+        )
+        return
+    if ".tar" in source.main_file.name:
         run_logged(
             ["tar", "-xf", str(source.main_file), "--strip-components=1", "-C", str(into)],
             cwd=into,
