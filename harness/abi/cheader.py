@@ -56,17 +56,23 @@ def generate_header(profile: Profile, *, kvm_structs: bool = False) -> str:
         "KVM_CAP_INTROSPECTION": profile.capability,
         "KVMI_VERSION": profile.version,
         "KVMI_MAX_MSG_SIZE": profile.max_message_size,
-        "KVMI_VM_EVENT": profile.vm_event,
-        "KVMI_VCPU_EVENT": profile.vcpu_event,
+        **_event_messages(profile),
     }
     for table, values in profile.names.items():
         numbers |= {f"KVMI_{table.upper()}_{name}": value for name, value in values.items()}
     lines = ["/* Made from the ABI profile " + profile.name + ". */", "#pragma once"]
     lines += [f"#define {name} {value:#x}" for name, value in numbers.items()]
     for layout in profile.structs.values():
-        if kvm_structs or layout.name.startswith(("kvmi_", "kvm_introspection_")):
+        if kvm_structs or layout.name.startswith(("kvmi_", "kvm_introspection")):
             lines += [f"struct {layout.name} {{", *_c_fields(layout), "};"]
     return "\n".join(lines) + "\n"
+
+
+def _event_messages(profile: Profile) -> dict[str, int]:
+    """The ids of the messages that carry events and their replies, by their names in C."""
+    if profile.event_header is None:
+        return {"KVMI_EVENT": profile.vcpu_event, "KVMI_EVENT_REPLY": profile.event_reply}
+    return {"KVMI_VM_EVENT": profile.vm_event, "KVMI_VCPU_EVENT": profile.vcpu_event}
 
 
 def _c_fields(layout: Struct) -> Iterator[str]:
@@ -167,10 +173,8 @@ def _needed_structs(
     if commands is None and events is None:
         return list(profile.structs.values())
     wanted: list[Struct | None] = [i.argument for i in profile.ioctls.values()]
-    wanted += [
-        profile.structs[n]
-        for n in ("kvmi_msg_hdr", "kvmi_error_code", "kvmi_vcpu_hdr", "kvmi_event_hdr")
-    ]
+    wanted += [profile.structs[n] for n in ("kvmi_msg_hdr", "kvmi_error_code", "kvmi_vcpu_hdr")]
+    wanted.append(profile.event_header)
     for name in profile.commands if commands is None else commands:
         command = profile.command(name)
         wanted += [command.request, command.reply]
@@ -178,7 +182,7 @@ def _needed_structs(
         event = profile.event(name)
         wanted += [event.payload, event.reply]
         if event.is_vcpu:
-            wanted += [profile.structs["kvmi_vcpu_event"], profile.structs["kvmi_vcpu_event_reply"]]
+            wanted += [profile.event_common, profile.event_reply_common]
     found: dict[str, Struct] = {}
     while wanted:
         one = wanted.pop()
@@ -228,5 +232,5 @@ def _assertions(
         f"KVM_CAP_INTROSPECTION is not {profile.capability}",
     )
     yield f"KVMI_VERSION == {profile.version}", f"KVMI_VERSION is not {profile.version}"
-    yield f"KVMI_VM_EVENT == {profile.vm_event}", f"KVMI_VM_EVENT is not {profile.vm_event}"
-    yield f"KVMI_VCPU_EVENT == {profile.vcpu_event}", f"KVMI_VCPU_EVENT is not {profile.vcpu_event}"
+    for name, id in _event_messages(profile).items():
+        yield f"{name} == {id}", f"{name} is not {id}"

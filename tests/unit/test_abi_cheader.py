@@ -17,10 +17,11 @@ PROFILE = load_profile("v12")
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 
 
-def header(tmp_path: Path) -> Path:
+def header(tmp_path: Path, name: str = "v12") -> Path:
     """A directory with headers that have all that the profile says, as a kernel would."""
     (tmp_path / "linux").mkdir()
-    (tmp_path / "linux/kvmi.h").write_text(generate_header(PROFILE, kvm_structs=True))
+    text = generate_header(load_profile(name), kvm_structs=True)
+    (tmp_path / "linux/kvmi.h").write_text(text)
     (tmp_path / "linux/kvm.h").touch()
     return tmp_path
 
@@ -31,6 +32,18 @@ def test_good_headers(tmp_path: Path) -> None:
     check = check_headers(PROFILE, [header(tmp_path)])
     assert check.assertions > 500
     assert set(check.structs) == set(PROFILE.structs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v6", "v7"])
+def test_good_headers_of_older_versions(tmp_path: Path, name: str) -> None:
+    """Where events have no header, other structs and other names are needed."""
+    profile = load_profile(name)
+    include = [header(tmp_path, name)]
+    assert set(check_headers(profile, include).structs) == set(profile.structs)
+    part = check_headers(profile, include, commands=["GET_VERSION"], events=["CR"])
+    assert "kvmi_event" in part.structs
+    assert "kvmi_event_trap" not in part.structs
 
 
 @needs_compiler
