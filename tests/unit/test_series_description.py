@@ -11,6 +11,7 @@ import pytest
 
 from harness import paths
 from harness.abi import load_profile
+from harness.abi.cheader import generate_header
 from harness.build.series import load_series
 from harness.errors import UsageError
 from harness.series.describe import derive
@@ -190,6 +191,27 @@ def test_what_is_new_is_told(source: Path, tmp_path: Path) -> None:
         "struct kvmi_vm_fly (8 bytes) is not in the ABI data",
     )
     assert found.description.revision == load_profile("v12").name
+
+
+@pytest.mark.parametrize("name", ["v6", "v7", "v12"])
+def test_each_revision_is_recognised_by_its_headers(tmp_path: Path, name: str) -> None:
+    """From headers that define all by macros, as the older ones do."""
+    profile = load_profile(name)
+    text = "#include <linux/kvm.h>\n" + generate_header(profile)
+    (tmp_path / "linux").mkdir()
+    (tmp_path / "linux/kvmi.h").write_text(text)
+    series = tmp_path / "series"
+    series.mkdir()
+    lines = text.splitlines()
+    (series / "0001-x.patch").write_text(
+        "Subject: [PATCH] x\n\ndiff --git a/include/uapi/linux/kvmi.h b/include/uapi/linux/kvmi.h\n"
+        f"--- /dev/null\n+++ b/include/uapi/linux/kvmi.h\n@@ -0,0 +1,{len(lines)} @@\n"
+        + "".join(f"+{line}\n" for line in lines)
+    )
+    found = derive(load_series(series), [tmp_path])
+    assert found.differences == ()
+    assert found.description.revision == name
+    assert found.description.ioctls == load_description(name).ioctls
 
 
 def test_a_series_without_headers_is_no_introspection(tmp_path: Path) -> None:
