@@ -47,6 +47,9 @@ def test_end_while_an_event_waits(stage: Stage, timeline: Timeline, end: str) ->
         again, session = tool.hook()
         assert again.start_time > hello.start_time
         shell = guest.wait_booted()
+        if session.closed:
+            # A firmware that finds traces of an earlier run may reset the machine once more.
+            again, session = tool.hook()
         stage.watch(session, vcpus=2)
         stage.exchange(shell, calls=5)
     with timeline.step("the host's kernel has freed everything"):

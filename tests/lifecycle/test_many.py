@@ -96,8 +96,9 @@ class Life:
         if wants_to_know:
             session.next_event("UNHOOK", timeout_s=PATIENCE_S)
             session.close()
+        else:
+            session.expect_close(timeout_s=PATIENCE_S)
         stop.value(timeout_s=PATIENCE_S)
-        session.expect_close(timeout_s=PATIENCE_S)
         if self.guest.status() != "paused":
             raise ConformanceError("stop was answered, but the guest is not paused")
         self.guest.qmp("cont", timeout_s=PATIENCE_S)
