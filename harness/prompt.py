@@ -108,7 +108,11 @@ class Prompt(cmd.Cmd):
     def _on_event(self, event: EventMessage) -> str | tuple[str, Mapping[str, int]]:
         """In the session's reader thread: what is watched is shown, and goes on at once."""
         if self._show:
-            fields = " ".join(f"{key}={_hex(value)}" for key, value in vars(event.fields).items())
+            fields = " ".join(
+                f"{key}={_hex(value)}"
+                for key, value in event.fields.items()
+                if not key.startswith("padding")
+            )
             self.stdout.write(
                 f"{time.strftime('%H:%M:%S')} vCPU {event.vcpu} {event.name} {fields} "
                 f"rip={event.regs.rip:#x}\n"
@@ -153,7 +157,7 @@ class Prompt(cmd.Cmd):
     def do_regs(self, line: str) -> None:
         """regs VCPU: the general registers."""
         regs = self._here.command("VCPU_GET_REGISTERS", vcpu=_number(line)).ok().fields.regs
-        for name, value in vars(regs).items():
+        for name, value in regs.items():
             self._say(f"{name:>7} {value:#018x}")
 
     def do_pause(self, line: str) -> None:
@@ -269,6 +273,7 @@ class Prompt(cmd.Cmd):
 
     def _say(self, text: str) -> None:
         self.stdout.write(text + "\n")
+        self.stdout.flush()
 
 
 def introspect(settings: Settings) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from harness.counters import Counters, attach, create, quantile_ns, total
-from harness.counters.view import main
+from harness.counters.view import main, watch_rates
 from harness.errors import InfraError, UsageError
 
 WRITER = """
@@ -270,6 +272,28 @@ def test_view(path: Path, counters: Counters, capsys: pytest.CaptureFixture[str]
     assert json.loads(line)["events"] == {"PAUSE": 1}
     assert main([str(path) + "x"]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_rates(path: Path, counters: Counters, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each second tells how many events came in it, and how many in all."""
+    slot = counters.slot(0)
+    slot.event(1, 560)
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.wait(0.01):
+            slot.event(3, 560)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    watch_rates(path, seconds=1)
+    done.set()
+    thread.join()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "PAUSE 0/s (1)" in line
+    found = re.search(r"HYPERCALL (\d+)/s \((\d+)\)", line)
+    assert found is not None, line
+    assert 0 < int(found[1]) <= int(found[2])
 
 
 def test_increments_are_cheap(counters: Counters) -> None:
