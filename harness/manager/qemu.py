@@ -154,6 +154,8 @@ class QemuGuest:
         argv += self._system_arguments()
         if self.introspection is not None:
             argv += self.introspection.arguments()
+            # Its ioctls and what it waits for, in its log beside its messages.
+            argv += ["-trace", "kvm_introspection_*"]
         if self.incoming is not None:
             argv += ["-incoming", self.incoming]
         if self.paused:
