@@ -200,7 +200,7 @@ class RunView:
         total = sum(self.counts.values())
         counts = self.counts
         if not total:
-            return "Nothing was tested"
+            return self._without_clauses()
         if counts[Outcome.FAIL]:
             one = counts[Outcome.FAIL] == 1
             known = f", {len(self.known)} of them as is known" if self.known else ""
@@ -216,6 +216,13 @@ class RunView:
         skipped = f", {counts[Outcome.SKIP]} do not apply here" if counts[Outcome.SKIP] else ""
         held = counts[Outcome.PASS]
         return (f"All {held} promises held" if held > 1 else "The promise held") + skipped
+
+    def _without_clauses(self) -> str:
+        """The same of tests that name no clause, such as the fuzzer's."""
+        if not self.tests:
+            return "Nothing was tested"
+        bad = len(self.bad_tests)
+        return f"{bad or 'None'} of {len(self.tests)} tests failed; they name no clause"
 
     def path(self, relative: str) -> Path:
         """A piece of evidence on disk."""

@@ -259,6 +259,23 @@ def test_headline(outcomes: str, headline: str, tmp_path: Path) -> None:
     assert view_of(run).headline == headline
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "headline"),
+    [
+        ("PASS PASS", "None of 2 tests failed; they name no clause"),
+        ("PASS FAIL", "1 of 2 tests failed; they name no clause"),
+    ],
+)
+def test_headline_without_clauses(outcomes: str, headline: str, tmp_path: Path) -> None:
+    """A run of the fuzzer is no run in which nothing was tested."""
+    verdicts = [
+        verdict(None, outcome, test=f"t.py::test_{number}")
+        for number, outcome in enumerate(outcomes.split())
+    ]
+    run = Run(path=tmp_path, facts=RunFacts(run="r", started=""), verdicts=verdicts, plan=[])
+    assert view_of(run).headline == headline
+
+
 def test_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """python -m harness.report RUN."""
     assert main([str(run_dir)]) == 0
