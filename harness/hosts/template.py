@@ -347,11 +347,14 @@ class TemplateTarget:
             # Only what is named here exists, so a saved machine fits the next emulator.
             "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
             # The PC that every kernel knows; no HPET, whose emulation costs much and which
-            # nothing needs. Memory comes from the backend below.
-            "-machine", "pc,hpet=off,vmport=off,memory-backend=memory",
+            # nothing needs. No ACPI either: a kernel that watches itself takes 30 seconds for
+            # a method of its tables under emulation, and then gives up, with no interrupts
+            # from disks. Memory comes from the backend below.
+            "-machine", "pc,acpi=off,hpet=off,vmport=off,memory-backend=memory",
             "-object", backend,
             *self.processor(),
-            "-smp", str(settings.host_cpus),
+            # In sockets of their own: of the others the tables that are left do not tell.
+            "-smp", f"{settings.host_cpus},sockets={settings.host_cpus}",
             "-m", f"{settings.host_memory_mb}M",
             # Direct boot: no boot loader in the image, and any kernel fits any image.
             "-kernel", str(self._kernel.bzimage),
