@@ -136,7 +136,14 @@ def live_together(stage: Stage, timeline: Timeline, *, duration_s: float) -> Non
         lives = []
         for number in range(GUESTS):
             tool = stage.tool(f"tool-{number}")
-            guest = stage.idle(tool, name=f"guest-{number}", code=pulse.code, unhook_timeout_s=5)
+            # The first ones wait for their tool until the last ones have started.
+            guest = stage.idle(
+                tool,
+                name=f"guest-{number}",
+                code=pulse.code,
+                handshake_timeout_s=60,
+                unhook_timeout_s=5,
+            )
             lives.append(Life(tool, guest, pulse, random.Random(seed + number)))
     with timeline.step(f"live for {duration_s:g} s"):
         until = time.monotonic() + duration_s
