@@ -8,7 +8,7 @@
 	.set	FIRMWARE, 0xff00	/* where QemuGuest puts code, in segment 0xf000 */
 	.set	PULSES, 0x500
 	.code16
-	.globl	_start, pulse_done, tick
+	.globl	_start, call_site, pulse_done, tick
 _start:
 	cli
 	xorw	%ax, %ax
@@ -55,6 +55,7 @@ again:
 	movl	$24, %ebx
 	xorl	%ecx, %ecx
 	xorl	%edx, %edx
+call_site:
 	.if AMD
 	vmmcall
 	.else
