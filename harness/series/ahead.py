@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.build.progress import step
 from harness.build.run import bound_to_us
 from harness.errors import HarnessError
 from harness.settings import Settings
@@ -27,7 +28,9 @@ _GRACE_S = 20.0
 
 @contextmanager
 def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
-    """Build the kernel of the settings as long as the block runs; nothing if they are None.
+    """Build the kernel of the settings while the block runs; nothing if they are None.
+
+    After the block it is waited for; an exception ends it.
 
     :param place: a directory for its settings and its log.
     """
@@ -45,13 +48,17 @@ def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
         )
         try:
             yield
+            if process.poll() is None:
+                with step("Build the next kernel"):
+                    process.wait()
         finally:
-            process.terminate()
-            try:
-                process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def main(place: Path) -> int:
