@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 
 from harness.build.kernel import (
@@ -23,7 +23,9 @@ __all__ = ["checkpatch", "sparse"]
 
 _TIMEOUT_S = 600
 _REMARK = re.compile(r"^[^:\n]*:(?P<line>\d+): (?P<what>(?:ERROR|WARNING|CHECK):.*)$", re.MULTILINE)
-_SPARSE = re.compile(r"^(?P<remark>\S+\.[ch]:\d+:\d+: (?:warning|error): .*)$", re.MULTILINE)
+_SPARSE = re.compile(
+    r"^(?P<file>\S+\.[ch]):(?P<line>\d+):\d+: (?P<what>(?:warning|error): .*)$", re.MULTILINE
+)
 
 
 def checkpatch(src: Path, patch: Patch) -> list[str]:
@@ -52,10 +54,10 @@ def checkpatch(src: Path, patch: Patch) -> list[str]:
     return found
 
 
-def sparse(settings: Settings, files: Iterable[str]) -> list[str]:
-    """What sparse says about those of the C files that were built for the settings' series.
+def sparse(settings: Settings, patch: Patch) -> list[str]:
+    """What sparse says about the lines of C that the patch adds, as far as they are compiled.
 
-    :param files: paths in the kernel's source, of any kind.
+    :param settings: whose series ends with the patch, and was built.
     :raises BuildError: sparse is not installed.
     :raises UsageError: the series was not built here.
     """
@@ -65,7 +67,7 @@ def sparse(settings: Settings, files: Iterable[str]) -> list[str]:
     with source_under_test(settings) as (tree, build, _lock):
         objects = [
             str(Path(file).with_suffix(".o"))
-            for file in sorted(files)
+            for file in sorted(patch.touched())
             if file.endswith(".c") and (build / file).with_suffix(".o").exists()
         ]
         if not objects:
@@ -80,4 +82,11 @@ def sparse(settings: Settings, files: Iterable[str]) -> list[str]:
             check=False,
         )
     said = done.stderr.decode(errors="replace")
-    return list(dict.fromkeys(one["remark"] for one in _SPARSE.finditer(said)))
+    added = patch.added()
+    found: dict[str, None] = {}
+    for one in _SPARSE.finditer(said):
+        # Paths have detours in them, such as arch/x86/kvm/../../../virt/kvm.
+        file = os.path.relpath(os.path.normpath(one["file"]), tree.src)
+        if int(one["line"]) in added.get(file, ()):
+            found[f"{file}:{one['line']}: {one['what']}"] = None
+    return list(found)

@@ -19,6 +19,7 @@ _TOUCHED = re.compile(
     rb"|(?:rename|copy) (?:from|to) (?P<moved>[^\n]+))",
     re.MULTILINE,
 )
+_HUNK = re.compile(r"@@ -\S+ \+(?P<start>\d+)(?:,(?P<count>\d+))? @@")
 _OPTION = re.compile(rb"^\+(?:menu)?config[ \t]+(?P<option>\w+)", re.MULTILINE)
 _SUBJECT = re.compile(r"^Subject: (?:\[[^]]*\] )?(?P<text>.*(?:\n[ \t].*)*)", re.MULTILINE)
 _FILE_LINE = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.MULTILINE)
@@ -43,6 +44,22 @@ class Patch:
         """The patch's one-line title, without ``[PATCH …]``; the file name if it has none."""
         found = _SUBJECT.search(self.content.decode(errors="replace"))
         return " ".join(found["text"].split()) if found else self.name
+
+    def added(self) -> dict[str, set[int]]:
+        """For each file the numbers of the lines that are new, as they are after the patch."""
+        found: dict[str, set[int]] = {}
+        lines: set[int] = set()
+        number = left = 0
+        for row in self.content.decode(errors="surrogateescape").split("\n"):
+            if left > 0 and row[:1] in ("+", " ", ""):
+                if row.startswith("+"):
+                    lines.add(number)
+                number, left = number + 1, left - 1
+            elif row.startswith("+++ b/"):
+                lines = found.setdefault(row[6:].split("\t")[0], set())
+            elif hunk := _HUNK.match(row):
+                number, left = int(hunk["start"]), int(hunk["count"] or 1)
+        return found
 
     def touched(self) -> set[str]:
         """All paths that the patch may read, change, make, move or remove.

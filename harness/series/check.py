@@ -51,6 +51,7 @@ SUITE = "tests/conformance"
 
 _UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
 _JOURNAL = "judged.jsonl"
+_WIDTH = 160
 
 
 def check(settings: Settings, *, select: str | None = None, bisect: str | None = None) -> int:
@@ -196,7 +197,7 @@ class Check:
 
     def _sparse(self, settings: Settings, patch: Patch) -> list[str]:
         try:
-            return checkers.sparse(settings, patch.touched())
+            return checkers.sparse(settings, patch)
         except BuildError as error:
             return [f"not run: {error.message}"]
 
@@ -262,11 +263,16 @@ def _outcome(one: Judged) -> str:
 
 def _tell(one: Check, judged: list[Judged]) -> int:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH  # a log is read by those who can scroll
     broken = breaks(judged)
     since = holds_since(judged)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("", "Patch", "checkpatch", "sparse", *Outcome, "begin to hold", "break"):
-        table.add_column(heading, justify="left" if heading == "Patch" else "right")
+        left = heading == "Patch"
+        table.add_column(
+            heading, justify="left" if left else "right", no_wrap=left, overflow="ellipsis"
+        )
     for row in judged:
         values = list(row.verdicts.values())
         counts = [str(values.count(outcome) or "·") for outcome in Outcome]

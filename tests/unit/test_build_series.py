@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.build.series import load_series
+from harness.build.series import Patch, load_series
 from harness.build.tree import SourceTree
 from harness.errors import PatchError, UsageError
 
@@ -71,6 +71,13 @@ def test_a_series_is_the_patches_in_the_order_of_their_names(tmp_path: Path) -> 
     assert series.patches[0].subject == "Change 0001-first.patch"
     assert series.id == f"mine@{series.digest[:12]}"
     assert series.touched() == {"b.c"}
+
+
+def test_the_lines_that_a_patch_adds(tmp_path: Path) -> None:
+    new = "zero\n" + _changed(30)
+    path = _patch(tmp_path, "p", {"sub/a.c": ("".join(_LINES), new), "n.c": ("", "a\n+++ b/x\n")})
+    patch = Patch(path, path.read_bytes())
+    assert patch.added() == {"sub/a.c": {1, 31}, "n.c": {1, 2}}
 
 
 def test_a_series_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
