@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def main(place: Path) -> int:
     from harness.plugin.inputs import load_run_settings
 
     os.nice(_NICE)
+    # By an exception, so that the compilers are ended, and waited for, before we are gone.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     with contextlib.suppress(HarnessError):
         build_kernel(load_run_settings(place))
     return 0
