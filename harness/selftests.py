@@ -66,7 +66,7 @@ ARGUMENTS = {
     "dirty_log_perf_test": "-b 64M -i 3",
     "dirty_log_test": "-i 4",
     "kvm_page_table_test": "-b 64M",
-    "max_guest_memory_test": "-m 1G -c 2",
+    "max_guest_memory_test": "-m 1 -c 2",
     "memslot_modification_stress_test": "-b 64M -i 20",
     "memslot_perf_test": "-s 512 -l 1 -r 1",
     "x86_64/xapic_ipi_test": "-s 3",
