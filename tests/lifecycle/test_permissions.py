@@ -81,9 +81,11 @@ def test_permissions_are_the_same_after_a_reconnect(stage: Stage) -> None:
 def test_commands_are_allowed_before_events(stage: Stage) -> None:
     """HOOK comes first, and once the first event is allowed every command has been.
 
-    A tool cannot see the ioctls, but it sees each permission as it comes.
+    A tool cannot see the ioctls, but it sees each permission as it comes. The first command is
+    listed over and over, so that allowing them all takes longer than looking.
     """
     commands = tuple(stage.profile.commands[name].id for name in FIRST_COMMANDS)
+    commands = commands[:1] * 4000 + commands
     events = tuple(stage.profile.events[name].id for name in FIRST_EVENTS)
     tool = stage.tool()
     stage.idle(tool, commands=commands, events=events)
