@@ -109,12 +109,17 @@ def test_changed(stage: Stage) -> None:
 
 @pytest.mark.clause("QEMU-OBJ-SINGLE")
 def test_two_objects(stage: Stage) -> None:
-    """A second introspection object is refused, on the command line and later."""
+    """A second introspection object is refused, on the command line and later.
+
+    It has a chardev of its own, so that it is not refused for want of one.
+    """
     tool = stage.tool()
-    second = ("-object", f"introspection,id=second,chardev={CHARDEV_ID}")
-    refused_start(stage, tool, extra=second)
-    guest = stage.idle(tool)
-    arguments = {"qom-type": "introspection", "id": "second", "chardev": CHARDEV_ID}
+    option = stage.tool("other").introspection().chardev_option()
+    chardev = ("-chardev", option.replace(f"id={CHARDEV_ID}", "id=other"))
+    second = ("-object", "introspection,id=second,chardev=other")
+    refused_start(stage, tool, extra=(*chardev, *second))
+    guest = stage.idle(tool, extra=chardev)
+    arguments = {"qom-type": "introspection", "id": "second", "chardev": "other"}
     guest.link.refusal("object-add", arguments)
     tool.hook()
 
