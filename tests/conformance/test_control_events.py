@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 from causes import CR4_DE, CR4_OSXSAVE, CR4_PAE, LSTAR, cause, pair_for
 from checks import continues, enable, next_event_of, requires, silent, supported_events
@@ -12,7 +10,7 @@ from lab import Lab
 from userspace import debug
 
 from harness.abi import Profile
-from harness.errors import SilenceError
+from harness.hosts import Target
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import Session
@@ -223,21 +221,14 @@ def test_tool_owns_breakpoints(vm: SmallVm, session: Session) -> None:
 
 
 @pytest.mark.clause("VCPUCTLEVT-BP-EXCLUSIVE")
-def test_other_debugging(lab: Lab, vm: SmallVm) -> None:
+def test_other_debugging(lab: Lab, vm: SmallVm, target: Target) -> None:
     """User space may use debug registers all the while, and gets what they stop at."""
+    if "QEMU TCG" in target.facts().virtualisation:
+        # It also forgets to take them back: later guests would stop there now and then.
+        skip_clause("QEMU's TCG overlooks the debug registers of guests")
     vm.run()
     vm.progresses()
-    vm.stop()
-    assert debug(vm, at=vm.machine.linear("done")) == "OK"
-    vm.run()
-    vm.call_out(1, kind=1)
-    with contextlib.suppress(SilenceError):
-        vm.wait_exit(timeout_s=0.5)
-    if vm.running():
-        skip_clause("this CPU overlooks debug registers of guests (QEMU's TCG does so)")
-    assert debug(vm) == "OK"
     session = lab.hook(vm)
-    vm.run()
     enable(session, "BREAKPOINT")
     vm.stop()
     assert debug(vm, at=vm.machine.linear("done")) == "OK"
