@@ -340,6 +340,12 @@ class TemplateTarget:
             backend = f"memory-backend-file,id=memory,{memory},share={share}"
             backend += f",mem-path={option_value(place.memory)}"
         drive = "format=raw,if=none,readonly=on"
+        # A kernel that watches itself takes 30 seconds for a method of ACPI's tables under
+        # emulation, and then gives up: it has no interrupts from disks.
+        acpi = "off" if settings.flavour == "debug" else "on"
+        cpus = str(settings.host_cpus)
+        if acpi == "off":
+            cpus += f",sockets={cpus}"
         return [
             EMULATOR,
             # In the process list: whose host it is.
@@ -347,14 +353,12 @@ class TemplateTarget:
             # Only what is named here exists, so a saved machine fits the next emulator.
             "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
             # The PC that every kernel knows; no HPET, whose emulation costs much and which
-            # nothing needs. No ACPI either: a kernel that watches itself takes 30 seconds for
-            # a method of its tables under emulation, and then gives up, with no interrupts
-            # from disks. Memory comes from the backend below.
-            "-machine", "pc,acpi=off,hpet=off,vmport=off,memory-backend=memory",
+            # nothing needs. Memory comes from the backend below.
+            "-machine", f"pc,acpi={acpi},hpet=off,vmport=off,memory-backend=memory",
             "-object", backend,
             *self.processor(),
-            # In sockets of their own: of the others the tables that are left do not tell.
-            "-smp", f"{settings.host_cpus},sockets={settings.host_cpus}",
+            # Without ACPI nothing tells of CPUs but the first of a socket.
+            "-smp", cpus,
             "-m", f"{settings.host_memory_mb}M",
             # Direct boot: no boot loader in the image, and any kernel fits any image.
             "-kernel", str(self._kernel.bzimage),
