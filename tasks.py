@@ -6,6 +6,7 @@ Settings come from ``kvmi-harness.toml``, if there is one, and from a task's opt
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -57,6 +58,12 @@ def _ready(**options: Any) -> Settings:
     settings = load_settings(**options)
     ensure_packages(settings.cache / "logs" / "packages.log", packages_for(settings))
     return with_series(settings)
+
+
+def _settings_in(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a task's options that are settings."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 _OPTIONS = {
@@ -344,19 +351,7 @@ def conform(
     """Hold kernel and QEMU to the suite: build, boot, run, report."""
     from harness.conform import conform as run
 
-    settings = _ready(
-        target=target,
-        ssh_host=ssh_host,
-        workers=workers,
-        kernel_series=kernel_series,
-        qemu_series=qemu_series,
-        kernel_base=kernel_base,
-        qemu_base=qemu_base,
-        flavour=flavour,
-        kernel=kernel,
-        reports=reports,
-        known=known,
-    )
+    settings = _ready(**_settings_in(locals()))
     return run(settings, select=select, repeat=repeat, shard=shard)
 
 
@@ -378,16 +373,7 @@ def series_check(
     """Judge a series patch by patch: applies, builds, boots, checkers, clauses."""
     from harness.series.check import check
 
-    settings = _ready(
-        target=target,
-        workers=workers,
-        kernel_series=kernel_series,
-        qemu_series=qemu_series,
-        kernel_base=kernel_base,
-        qemu_base=qemu_base,
-        flavour=flavour,
-        reports=reports,
-    )
+    settings = _ready(**_settings_in(locals()))
     return check(settings, select=select, bisect=bisect)
 
 
@@ -474,14 +460,7 @@ def selftests(
     """Compare the kernel's own KVM selftests with the series and without it."""
     from harness.selftests import run
 
-    settings = _ready(
-        target=target,
-        workers=workers,
-        kernel_series=kernel_series,
-        flavour=flavour,
-        kernel=kernel,
-        reports=reports,
-    )
+    settings = _ready(**_settings_in(locals()))
     return run(settings, select=select)
 
 
@@ -512,13 +491,7 @@ def bench_events(
         seed=seed,
         only=tuple(only.split()),
     )
-    settings = _ready(
-        target=target,
-        kernel=kernel,
-        kernel_series=kernel_series,
-        flavour=flavour,
-        reports=reports,
-    )
+    settings = _ready(**_settings_in(locals()))
     return bench_events(settings, options)
 
 
@@ -542,16 +515,7 @@ def fuzz(
     """Attack the kernel with wrong, random and badly timed messages and ioctls."""
     from harness.fuzz.run import fuzz as run
 
-    settings = _ready(
-        target=target,
-        ssh_host=ssh_host,
-        workers=workers,
-        kernel_series=kernel_series,
-        qemu_series=qemu_series,
-        flavour=flavour,
-        kernel=kernel,
-        reports=reports,
-    )
+    settings = _ready(**_settings_in(locals()))
     wanted = {"messages": messages, "sequences": sequences}
     numbers = {name: int(value) for name, value in wanted.items() if value is not None}
     return run(settings, seed=seed, select=select, **numbers)
