@@ -217,9 +217,8 @@ def _series(settings: Settings) -> list[Finding]:
     findings = []
     for name, place in (("kernel", settings.kernel_series), ("QEMU", settings.qemu_series)):
         subject = f"{name} series"
-        if isinstance(
-            place, str
-        ):  # elsewhere: whoever asks what is missing here waits for no network
+        # Elsewhere: whoever asks what is missing here waits for no network.
+        if isinstance(place, str):
             findings.append(Finding(subject, State.OK, f"{place}, fetched when it is needed"))
             continue
         try:

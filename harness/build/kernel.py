@@ -285,10 +285,7 @@ def patched_source(settings: Settings) -> Iterator[Path]:
     :raises UsageError: the kernel was built elsewhere.
     :raises PatchError: a patch does not apply.
     """
-    if settings.kernel:
-        raise UsageError(
-            f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
-        )
+    _require_source(settings)
     source = linux_source(settings)
     tree = source_tree(settings, source)
     log = settings.cache / "logs" / "kernel.log"
@@ -297,6 +294,13 @@ def patched_source(settings: Settings) -> Iterator[Path]:
             tree.prepare(lambda into: unpack(source, into, log=log, progress=progress))
         tree.switch(load_series(settings.kernel_series))
         yield tree.src
+
+
+def _require_source(settings: Settings) -> None:
+    if settings.kernel:
+        raise UsageError(
+            f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
+        )
 
 
 def source_tree(settings: Settings, source: Source) -> SourceTree:
@@ -308,10 +312,7 @@ def source_tree(settings: Settings, source: Source) -> SourceTree:
 @contextmanager
 def source_under_test(settings: Settings) -> Iterator[tuple[SourceTree, Path, int]]:
     """The source with the series applied, where it was built, and the lock that we hold on it."""
-    if settings.kernel:
-        raise UsageError(
-            f"{settings.kernel} was built elsewhere", hint="test the series to have its source"
-        )
+    _require_source(settings)
     series = load_series(settings.kernel_series)
     source = linux_source(settings)
     tree = source_tree(settings, source)
