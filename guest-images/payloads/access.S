@@ -146,6 +146,17 @@ trace:					# (rdi) under the guest's own single-stepping
 	andq	$~0x100, (%rsp)
 	popfq
 	ret
+trace_out:				# port_out under the guest's own single-stepping
+	movl	$0x99, %edx
+	pushfq
+	orq	$0x100, (%rsp)
+	popfq
+	outsb
+	nop
+	pushfq
+	andq	$~0x100, (%rsp)
+	popfq
+	ret
 walk:					# (rdi), after the translations were flushed
 	movq	%cr3, %rax
 	movq	%rax, %cr3

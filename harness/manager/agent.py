@@ -47,12 +47,15 @@ KVM_SET_USER_MEMORY_REGION = 0x4020AE46
 KVM_SET_TSS_ADDR = 0xAE47
 KVM_SET_IDENTITY_MAP_ADDR = 0x4008AE48
 KVM_CREATE_IRQCHIP = 0xAE60
+KVM_ENABLE_CAP = 0x4068AEA3
 KVM_RUN = 0xAE80
 KVM_SET_REGS = 0x4090AE82
 KVM_GET_SREGS = 0x8138AE83
 KVM_SET_SREGS = 0x4138AE84
 KVM_SET_CPUID2 = 0x4008AE90
 KVM_GET_REGS = 0x8090AE81
+
+KVM_CAP_DIRTY_LOG_RING = 192
 
 HUGE_PAGE = 2 << 20
 SREGS_SIZE = 312
@@ -63,7 +66,7 @@ CPUID_ENTRIES = 128
 EXIT_NAMES = {
     0: "UNKNOWN", 1: "EXCEPTION", 2: "IO", 3: "HYPERCALL", 4: "DEBUG", 5: "HLT", 6: "MMIO",
     7: "IRQ_WINDOW_OPEN", 8: "SHUTDOWN", 9: "FAIL_ENTRY", 10: "INTR", 17: "INTERNAL_ERROR",
-    24: "SYSTEM_EVENT",
+    24: "SYSTEM_EVENT", 31: "DIRTY_RING_FULL",
 }  # fmt: skip
 
 Request = dict[str, Any]
@@ -233,6 +236,10 @@ class Vm:
         must("KVM_SET_TSS_ADDR", self.fd, KVM_SET_TSS_ADDR, 0xFFFB_D000)
         if request.get("irqchip"):
             must("KVM_CREATE_IRQCHIP", self.fd, KVM_CREATE_IRQCHIP)
+        if size := request.get("dirty_ring"):
+            enable = struct.pack("<II4Q64x", KVM_CAP_DIRTY_LOG_RING, 0, size, 0, 0, 0)
+            buffer = ctypes.create_string_buffer(enable, len(enable))
+            must("KVM_ENABLE_CAP", self.fd, KVM_ENABLE_CAP, ctypes.addressof(buffer))
         for slot in request["slots"]:
             self.set_slot(slot)
         for gpa, text in request["memory"]:

@@ -138,6 +138,7 @@ class SmallManager:
         interrupts: bool = True,
         registers: Mapping[str, int] | None = None,
         irqchip: bool = False,
+        dirty_ring: int = 0,
         memory_kb: int = 256,
         slots: Sequence[Slot] = (),
         flags: int = 0,
@@ -147,6 +148,8 @@ class SmallManager:
 
         :param irqchip: with the in-kernel interrupt controllers; vCPUs but the first are
             then uninitialised until they get INIT and SIPI.
+        :param dirty_ring: log dirty pages in a ring of so many bytes for each vCPU, which
+            nobody empties.
         :param memory_kb: size of slot 0, which begins at address 0.
         :param slots: further memory slots. :param flags: those of slot 0.
         :param memory: what to put where, beside the payload and what it needs.
@@ -164,6 +167,7 @@ class SmallManager:
             "create_vm",
             vm=name,
             irqchip=irqchip,
+            dirty_ring=dirty_ring,
             slots=[slot.record() for slot in all_slots],
             memory=encode([*machine.memory(), *memory]),
             vcpus=[machine.state(index) for index in range(vcpus)],

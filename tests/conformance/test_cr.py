@@ -14,12 +14,13 @@ from lab import Lab
 from userspace import debug, set_special
 
 from harness.manager.payloads import ALIAS, FREE, PAGE_DIRECTORY, PDPT, PML4, SREGS
-from harness.manager.smallvm import SmallVm
+from harness.manager.smallvm import KVM_SET_REGS, SmallVm
 from harness.tool import EventMessage, Session
 
 CR0, CR4 = 0x8001_0031, CR4_PAE
 CR0_TS, CR0_WP, CR0_AM = 0x8, 0x1_0000, 0x4_0000
 OTHER_TABLES, THIRD_TABLES = FREE, FREE + 0x1000
+REGISTERS, R9, RIP = struct.Struct("<18Q"), 9, 16  # struct kvm_regs
 
 # By register: its first value, and what guests do to change it (routine, operand, new value).
 # KVM lets the guest own some of these bits as long as nobody wants to know.
@@ -350,3 +351,45 @@ def test_user_space_steps(lab: Lab) -> None:
     at = SREGS["cr3"]
     assert int.from_bytes(vm.special_registers()[at : at + 8], "little") == PML4
     continues(session)
+
+
+@pytest.mark.clause("SETREGS-OK", "EVT-CONTINUE")
+def test_user_space_finds_the_registers(lab: Lab) -> None:
+    """Registers that the tool sets are there when KVM_RUN returns, and are user space's then."""
+    vm, session = _vm(lab)
+    _watch(session, 3)
+    vm.order("set_cr3", OTHER_TABLES)
+    event = _event(session, 3, PML4, OTHER_TABLES)
+    session.command("VCPU_SET_REGISTERS", regs=event.regs, r9=0x1234).ok()
+    vm.kick()
+    session.answer(event)
+    vm.wait_exit()
+    registers = list(REGISTERS.unpack(vm.registers()))
+    assert registers[R9] == 0x1234
+    assert registers[RIP] == event.regs.rip + 3
+    registers[R9] = 5
+    result, _ = vm.vcpu_ioctl(KVM_SET_REGS, REGISTERS.pack(*registers))
+    assert result == "OK"
+    vm.run()
+    vm.finish()
+    vm.stop()
+    assert REGISTERS.unpack(vm.registers())[R9] == 5
+
+
+@pytest.mark.clause("EVT-CRASH")
+def test_crash_that_user_space_interrupts(lab: Lab) -> None:
+    """The guest crashes once, whatever makes KVM_RUN return; what the tool asks then is done."""
+    vm, session = _vm(lab)
+    _watch(session, 3)
+    old, new = PML4, OTHER_TABLES
+    for kicked in (True, False, False, False):
+        vm.order("set_cr3", new)
+        event = _event(session, 3, old, new)
+        if kicked:
+            vm.kick()
+        session.answer(event, "CRASH")
+        pending = session.send("VCPU_GET_REGISTERS", vcpu=0, nmsrs=0)
+        assert vm.wait_exit().reason == "SHUTDOWN"
+        vm.run()
+        pending.reply(10).ok()
+        vm.finish()

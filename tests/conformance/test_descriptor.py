@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 from causes import pair_for
-from checks import enable, next_event_of, silent
+from checks import enable, next_event_of, requires, silent
 from lab import Lab
+from pages import PAGE, RWX, R, Trace, W, X, restrict
 
 from harness.manager.payloads import FREE, GDT, IDT, MAILBOX_WORDS, TSS, mailbox
 from harness.manager.smallvm import SmallVm
@@ -160,3 +161,20 @@ def test_retry(lab: Lab, access: Access) -> None:
     for register in ("gdt", "idt", "ldt", "tr"):
         assert getattr(sregs, register) == getattr(before, register)
     silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("SETPAGE-OK")
+def test_to_a_restricted_page(lab: Lab) -> None:
+    """What KVM stores in place of such an instruction respects a restriction."""
+    vm, session = pair_for(lab, "DESCRIPTOR")
+    requires(session, command="VM_SET_PAGE_ACCESS", event="PF")
+    session.handle("DESCRIPTOR", lambda _: "CONTINUE")
+    trace = Trace(session)
+    enable(session, "DESCRIPTOR")
+    enable(session, "PF")
+    area = mailbox(0) + MAILBOX_WORDS["area"]
+    restrict(session, R | X, area & -PAGE)
+    vm.perform("store_idt")
+    restrict(session, RWX, area & -PAGE)
+    assert struct.unpack("<HQ", vm.read(area, 10)) == (0xFFF, IDT)
+    assert (W, area) in {seen.where for seen in trace.take()}

@@ -175,6 +175,22 @@ def test_all_vcpus_and_only_enabled(lab: Lab) -> None:
 
 
 @pytest.mark.clause("SETPAGE-OK")
+def test_vcpu_that_nobody_spoke_of(lab: Lab) -> None:
+    """A restriction does not hold up a vCPU that the tool has not addressed in any command.
+
+    Not even where KVM carries out the instruction, as one that reads a port.
+    """
+    vm, session = access_pair(lab, events=False)
+    restrict(session, X, FREE)
+    vm.write(FREE, b"\x5a")
+    vm.order("port_in", linear(vm, FREE))
+    assert vm.wait_exit().reason == "IO"
+    vm.run()
+    vm.finish()
+    assert vm.read(FREE, 1) == b"\0"
+
+
+@pytest.mark.clause("SETPAGE-OK")
 def test_before_first_use(lab: Lab) -> None:
     """A page that the guest never touched, and memory that the host never backed, can be set."""
     vm = lab.vm(payload="access")

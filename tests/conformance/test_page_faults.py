@@ -393,6 +393,44 @@ def test_accesses_of_the_emulator(lab: Lab, routine: str) -> None:
     silent(session, vcpus=[0])
 
 
+@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE", "EV-PF-MULTI")
+def test_device_to_a_page_boundary(lab: Lab) -> None:
+    """What is read from a device and stored on two pages is read once, and stored as a whole."""
+    vm, session = access_pair(lab)
+    trace = Trace(session)
+    border = FREE + PAGE
+    start = border - 3
+    restrict(session, R | X, FREE, border)
+    for _ in range(2):
+        _put(vm, start)
+        vm.order("move", linear(vm, start), linear(vm, DEVICE))
+        found = vm.wait_exit()
+        assert found.mmio == {"gpa": DEVICE, "write": False, "data": "00" * 8}
+        vm.run()
+        vm.finish()
+        assert _where(trace.take()) == [(W, start), (W, border)]
+        assert _u64(vm, start) == 0
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE")
+@pytest.mark.usefixtures("exact")
+def test_guest_steps_itself_through_the_emulator(lab: Lab) -> None:
+    """A guest that single-steps itself gets over an instruction that KVM carries out."""
+    vm, session = access_pair(lab)
+    trace = Trace(session)
+    for round in (1, 2):
+        vm.order("trace_out", 0, linear(vm, FREE))
+        vm.wait_exit()
+        vm.run()
+        traps = vm.finish()["traps"]
+        if round == 1:
+            expected = traps
+            restrict(session, X, FREE)
+    assert traps == 2 * expected
+    assert _where(trace.take()) == [(R, FREE)]
+
+
 # -- several events of one instruction
 
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from checks import enable, ends_dead
+from causes import CR4_DE, CR4_PAE, pair_for, select_cr
+from checks import enable, ends_dead, next_event_of, requires
 from lab import Lab
 from pages import (
     NONE,
@@ -106,6 +107,23 @@ def test_other_page_is_free(lab: Lab) -> None:
         vm.progresses(vcpu=1, rounds=100)
     rest(vm, vcpu=1)
     assert trace.take(1) == []
+
+
+@pytest.mark.clause("EVT-OTHER-VCPU-RUN", "EV-PF-CONTINUE")
+def test_another_event_of_the_same_instruction(lab: Lab) -> None:
+    """Others run while the tool thinks about an instruction that it let pass a restriction."""
+    vm, session = pair_for(lab, "CR", vcpus=2)
+    requires(session, command="VM_SET_PAGE_ACCESS", event="PF")
+    Trace(session)
+    select_cr(session, 4)
+    enable(session, "CR")
+    enable(session, "PF")
+    restrict(session, R | W, vm.machine.address("set_cr4") & -PAGE)
+    vm.order("set_cr4", CR4_PAE | CR4_DE)
+    event = next_event_of(session, "CR")
+    vm.progresses(vcpu=1)
+    session.answer(event)
+    assert vm.finish()["result"] == CR4_PAE | CR4_DE
 
 
 @pytest.mark.clause("SETPAGE-OK", "SETPAGE-FORGET")

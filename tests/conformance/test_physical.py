@@ -7,6 +7,7 @@ import random
 import struct
 
 import pytest
+from causes import cause
 from checks import continues, ends_dead
 from lab import Lab
 
@@ -226,3 +227,28 @@ def test_write_with_too_little_data(
         clauses.seen("WRITEPHYS-SHORT-CLOSE", "einval")
         continues(session)
     assert vm.read(FREE, PAGE) == bytes(PAGE)
+
+
+@pytest.mark.clause("WRITEPHYS-OK")
+def test_full_dirty_ring(lab: Lab) -> None:
+    """With dirty rings the first vCPU writes; no entry is lost when its ring is full.
+
+    Each write takes an entry, also of the same page. What does not fit is refused, since a
+    vCPU that waits for the tool cannot have its ring emptied.
+    """
+    ring = 2048
+    vm, session = lab.pair(payload="calls", dirty_ring=16 * ring, flags=KVM_MEM_LOG_DIRTY_PAGES)
+    event = cause(vm, session, "HYPERCALL")
+    fields = {"gpa": FREE, "size": 4}
+    pending = [
+        session.send("VM_WRITE_PHYSICAL", **fields, data=struct.pack("<I", number))
+        for number in range(ring)
+    ]
+    errors = [one.reply(20).error for one in pending]
+    written = errors.index("KVM_EBUSY")
+    assert ring // 2 < written < ring
+    assert set(errors[:written]) == {None}
+    assert set(errors[written:]) == {"KVM_EBUSY"}
+    assert vm.read(FREE, 4) == struct.pack("<I", written - 1)
+    session.answer(event)
+    assert vm.wait_exit().reason == "DIRTY_RING_FULL"
