@@ -223,6 +223,8 @@ def selection(select: str | None, suites: Sequence[str] = SUITES) -> list[str]:
             if not (paths.ROOT / word.partition("::")[0]).exists():
                 raise UsageError(f"there is no {word.partition('::')[0]} in {paths.ROOT}")
         return words
+    if all(re.fullmatch(r"\w+", word) and word not in {"and", "or", "not"} for word in words):
+        select = " or ".join(words)
     return ["-k", select, *suites]
 
 

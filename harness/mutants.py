@@ -25,7 +25,7 @@ from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.qemu import build_qemu
 from harness.build.series import load_series
-from harness.conform import conform
+from harness.conform import INTERRUPTED, conform
 from harness.errors import BuildError, ConformanceError, InfraError, UsageError
 from harness.report.model import Outcome
 from harness.report.store import last_run, load_run
@@ -208,8 +208,10 @@ def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
 def _hold(settings: Settings, clauses: Sequence[str], *, suites: Sequence[str]) -> list[str]:
     """Run the tests of these clauses; answer which of them failed."""
     conform(settings, select=" ".join(clauses), suites=suites)
-    verdicts = load_run(last_run(settings.reports)).verdicts
-    failed = {verdict.clause for verdict in verdicts if verdict.verdict is Outcome.FAIL}
+    done = load_run(last_run(settings.reports))
+    if done.end is not None and done.end.reason == INTERRUPTED:
+        raise KeyboardInterrupt
+    failed = {verdict.clause for verdict in done.verdicts if verdict.verdict is Outcome.FAIL}
     return [clause for clause in clauses if clause in failed]
 
 
