@@ -252,3 +252,12 @@ def test_full_dirty_ring(lab: Lab) -> None:
     assert vm.read(FREE, 4) == struct.pack("<I", written - 1)
     session.answer(event)
     assert vm.wait_exit().reason == "DIRTY_RING_FULL"
+
+
+@pytest.mark.clause("WRITEPHYS-OK")
+def test_dirty_ring_without_vcpus(lab: Lab) -> None:
+    """With dirty rings and no vCPU yet there is nobody to log the page, so it is not written."""
+    vm = lab.vm(vcpus=0, dirty_ring=32 << 10, flags=KVM_MEM_LOG_DIRTY_PAGES)
+    session = lab.hook(vm)
+    session.command("VM_WRITE_PHYSICAL", gpa=FREE, size=4, data=b"abcd").fails("KVM_EAGAIN")
+    assert vm.read(FREE, 4) == bytes(4)
