@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.hosts.host import Host
 
-__all__ = ["find_leaks", "forget_leaks"]
+__all__ = ["can_find_leaks", "find_leaks", "forget_leaks"]
 
 _FILE = "/sys/kernel/debug/kmemleak"
 _AGE_S = 5.5
 """mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not reported, as a pointer to one may be
 in a register still."""
 _SCAN_TIMEOUT_S = 300.0
+
+
+def can_find_leaks(host: Host) -> bool:
+    """Whether the host's kernel has kmemleak."""
+    return host.run(f"[ -e {_FILE} ]", check=False).returncode == 0
 
 
 def forget_leaks(host: Host) -> None:
@@ -33,7 +38,7 @@ def find_leaks(host: Host) -> str:
     Takes some seconds where the kernel has kmemleak, and no time elsewhere. An object counts
     when two scans, between which it cannot have moved, find no pointer to it.
     """
-    if host.run(f"[ -e {_FILE} ]", check=False).returncode:
+    if not can_find_leaks(host):
         return ""
     time.sleep(_AGE_S)  # what the last test freed by RCU or just allocated settles meanwhile
     found = host.run(
