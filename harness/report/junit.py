@@ -54,10 +54,12 @@ def write_junit(view: RunView, path: Path) -> None:
 def _case(view: RunView, verdict: Verdict) -> ElementTree.Element:
     clause = load_clauses().get(verdict.clause or "")
     file, _, name = verdict.test.partition("::")
+    # Readers take cases of one name for one case.
+    where = f" on {verdict.target}" if len(view.targets) > 1 else ""
     case = ElementTree.Element(
         "testcase",
         classname=clause.group if clause else NO_CLAUSE,
-        name=_clean(f"{verdict.clause or '-'} ({name})"),
+        name=_clean(f"{verdict.clause or '-'} ({name}){where}"),
         file=file,
         time=f"{verdict.duration_s:.3f}",
     )
@@ -72,6 +74,10 @@ def _case(view: RunView, verdict: Verdict) -> ElementTree.Element:
             _problem(view, verdict, case, "error")
         case Outcome.SKIP:
             ElementTree.SubElement(case, "skipped", message=_clean(verdict.reason))
+        case Outcome.PASS if verdict.clause in view.passes_again:
+            tracked = view.passes_again[verdict.clause].tracked
+            words = f"{verdict.clause} holds again: take it off the known failures ({tracked})"
+            ElementTree.SubElement(case, "system-out").text = _clean(words)
         case Outcome.PASS:
             pass
     return case
@@ -81,7 +87,7 @@ def _problem(view: RunView, verdict: Verdict, case: ElementTree.Element, kind: s
     element = ElementTree.SubElement(
         case, kind, type=verdict.verdict.value, message=_clean(verdict.reason)
     )
-    parts = [verdict.reason, f"Run it again: {view.rerun([verdict.test])}"]
+    parts = [verdict.reason, f"Run it again: {view.rerun([verdict.test], target=verdict.target)}"]
     parts += [f"{name}: {path}" for name, path in verdict.evidence.items()]
     if "failure" in verdict.evidence:
         path = view.path(verdict.evidence["failure"])

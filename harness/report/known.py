@@ -87,6 +87,11 @@ def load_known(path: Path) -> list[Known]:
     for one in entries:
         if not fnmatch.filter(load_clauses(), one.clause):
             raise UsageError(f"{path}: there is no clause {one.clause}")
+        if not one.tracked.strip():
+            raise UsageError(
+                f"{path}: {one.clause} does not say where it is tracked",
+                hint='an address, or words that lead there: tracked = "https://…"',
+            )
         if one.kernel and not _bounds(one.kernel):
             raise UsageError(
                 f"{path}: {one.clause}: {one.kernel!r} is no range of kernels",
@@ -116,5 +121,9 @@ def _bounds(text: str) -> list[re.Match[str]]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    numbers = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(int(part) for part in numbers[0].split(".")) if numbers else ()
+    """The numbers of a version that can be compared: 6.12 is 6.12.0."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

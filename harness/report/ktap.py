@@ -41,6 +41,8 @@ def _group(view: RunView, group: GroupView) -> Iterator[str]:
         result = row.result
         if result.verdict.bad:
             yield from (f"# {_plain(line)}" for line in _evidence(view, row))
+        elif again := view.passes_again.get(result.clause):
+            yield f"# {_plain(f'holds again, a known failure: {again.tracked}')}"
         reason = result.reasons[0] if result.verdict is Outcome.SKIP and result.reasons else ""
         yield _result(number, result.verdict, row.clause.id, reason)
 
@@ -51,7 +53,9 @@ def _evidence(view: RunView, row: Row) -> Iterator[str]:
         yield f"{one.verdict}: {one.test}: {one.reason}"
     if known := view.known.get(row.result.clause):
         yield f"known failure: {known.tracked or known.reason}"
-    yield f"again: {view.rerun(list(dict.fromkeys(one.test for one in bad)))}"
+    for target in dict.fromkeys(one.target for one in bad):
+        tests = dict.fromkeys(one.test for one in bad if one.target == target)
+        yield f"again: {view.rerun(tests, target=target)}"
 
 
 def _result(number: int, verdict: Outcome, name: str, reason: str = "") -> str:

@@ -318,10 +318,16 @@ def test_known_failures_are_told_apart_everywhere(
     assert [test.get("waived", False) for test in data["tests"]] == [False, True, False]
     assert "# known failure: https://bugs/1" in (run / "ktap.txt").read_text()
     page = (run / "report.html").read_text()
-    assert "Known failure: <code>HOOK-ABI</code>, tracked at https://bugs/1" in page
+    link = '<a href="https://bugs/1">https://bugs/1</a>'
+    assert f"Known failure: <code>HOOK-ABI</code>, tracked at {link}" in page
     assert "<code>UNHOOK-ABI</code> holds again" in page
-    suite = junitparser.JUnitXml.fromfile(str(run / "junit.xml"))
-    assert (suite.failures, suite.skipped) == (0, 1)
+    junit = junitparser.JUnitXml.fromfile(str(run / "junit.xml"))
+    assert (junit.failures, junit.skipped) == (0, 1)
+    (suite,) = junit
+    again = {case.name.partition(" ")[0]: case.system_out for case in suite if case.system_out}
+    assert list(again) == ["UNHOOK-ABI"]
+    assert "holds again: take it off the known failures (https://bugs/1)" in again["UNHOOK-ABI"]
+    assert "# holds again, a known failure: https://bugs/1" in (run / "ktap.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +340,7 @@ def test_known_failures_are_told_apart_everywhere(
         ('kernel = "<6.12.57"', False),
         ('kernel = ">=6.1, <6.12"', False),
         ('kernel = "==6.12.57"', True),
+        ('kernel = "==6.12.57.0"', True),
     ],
 )
 def test_an_entry_is_for_some_series_and_kernels(tmp_path: Path, entry: str, covered: bool) -> None:
@@ -357,7 +364,8 @@ def test_only_a_broken_promise_can_be_known(tmp_path: Path) -> None:
         ("[[known]]\n", "missing required field `clause`"),
         ('[[known]]\nclause = "HOOK-OKAY"\ntracked = ""\n', "there is no clause HOOK-OKAY"),
         ('[[known]]\nclause = "HOOK-OK"\ntracked = ""\nwho = 1\n', "unknown field `who`"),
-        ('[[known]]\nclause = "HOOK-OK"\ntracked = ""\nkernel = "6.12"\n', "no range of kernels"),
+        ('[[known]]\nclause = "HOOK-OK"\ntracked = "t"\nkernel = "6.12"\n', "no range of kernels"),
+        ('[[known]]\nclause = "HOOK-OK"\ntracked = ""\n', "where it is tracked"),
         ("[[known", "are wrong"),
     ],
 )
