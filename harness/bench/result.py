@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.bench.figures import Distribution, Ratio, distribution, ratio
 from harness.bench.kinds import ABOUT, CLOCK, EXIT, EXIT_KERNEL, KINDS, OWN
 from harness.bench.program import Block, KindFacts, VcpuSamples
+from harness.report.figures import Distribution, Ratio, distribution, ratio
 from harness.report.model import MachineRecord
 
 if TYPE_CHECKING:

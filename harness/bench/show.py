@@ -12,22 +12,13 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from harness.bench.figures import COLUMN_FACTOR, Distribution, Ratio
 from harness.bench.kinds import EXIT, EXIT_KERNEL
 from harness.bench.result import Kind, Result
-from harness.report.charts import columns_of, decades
+from harness.report.charts import columns_of, decades, time_text
+from harness.report.figures import COLUMN_FACTOR, Distribution, Ratio
 from harness.report.store import write_atomically
 
 __all__ = ["print_result", "render_page", "write_page"]
-
-
-def time_text(ns: float) -> str:
-    """A time for people, three digits."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= size:
-            value = ns / size
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-    return f"{ns:.0f} ns"
 
 
 def _interval(ratio: Ratio | None) -> str:

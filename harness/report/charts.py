@@ -26,8 +26,10 @@ __all__ = [
     "decades",
     "duration",
     "lanes_of",
+    "rates_of",
     "shares_of",
     "ticks",
+    "time_text",
 ]
 
 SMALLEST_PERCENT = 0.4
@@ -45,6 +47,15 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def time_text(ns: float) -> str:
+    """A time for people, three digits."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            value = ns / size
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    return f"{ns:.0f} ns"
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ def ticks(span_s: float) -> list[tuple[float, str]]:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a histogram on a logarithmic axis."""
+    """One column of a chart, in percent; ``low`` is where it begins on the axis."""
 
     start: float
     width: float
@@ -216,6 +227,23 @@ def columns_of(
             number=number,
         )
         for at, number in columns
+    ]
+
+
+def rates_of(per_second: Sequence[int], *, most_columns: int = 240) -> list[Column]:
+    """Numbers per second as columns over time; of seconds that share a column, the highest."""
+    together = math.ceil(len(per_second) / most_columns) or 1
+    highest = max(per_second, default=0) or 1
+    return [
+        Column(
+            start=round(100 * first / len(per_second), 3),
+            width=round(100 * together / len(per_second), 3),
+            height=round(100 * number / highest, 2),
+            low=float(first),
+            number=number,
+        )
+        for first in range(0, len(per_second), together)
+        if (number := max(per_second[first : first + together]))
     ]
 
 

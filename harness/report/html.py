@@ -16,8 +16,21 @@ from markupsafe import Markup
 
 from harness.abi import requirement_documents
 from harness.plugin.timeline import load_timeline
-from harness.report.charts import Bar, bars_of, duration, lanes_of, shares_of, ticks
+from harness.report.charts import (
+    Bar,
+    bars_of,
+    columns_of,
+    decades,
+    duration,
+    lanes_of,
+    rates_of,
+    shares_of,
+    ticks,
+    time_text,
+)
 from harness.report.evidence import (
+    MESSAGES_SHOWN,
+    TEXT_LINES_SHOWN,
     Excerpt,
     Message,
     evidence_files,
@@ -25,9 +38,11 @@ from harness.report.evidence import (
     messages_of,
     text_of,
 )
+from harness.report.figures import COLUMN_FACTOR
 from harness.report.model import Outcome, Verdict
 from harness.report.store import write_atomically
 from harness.report.tallies import tallies_of
+from harness.report.traffic import Kind, Traffic, traffic_of
 from harness.report.view import RunView, TestView
 
 __all__ = ["write_html"]
@@ -47,6 +62,13 @@ _FIRST_EVIDENCE = (
 
 UNFOLDED = 5
 """How many problems are shown in full at first."""
+
+IN_FULL = 25
+"""How many problems have all that is worth showing; those after them have the end of it, so that
+the page of a run in which everything failed can still be opened."""
+
+SHORT = 30
+"""How many messages, and lines of each text, those have."""
 
 _FILES = ("verdicts.jsonl", "junit.xml", "pytest.log", "settings.json", "build.json")
 
@@ -79,6 +101,24 @@ class Sequence:
     anchor: str
     bars: list[Bar]
     ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Plots:
+    """The messages of a target, and the axis on which all their latencies are plotted."""
+
+    target: str
+    traffic: Traffic
+    low: float
+    high: float
+
+    @property
+    def kinds(self) -> list[tuple[str, list[Kind]]]:
+        """What is plotted, with headings."""
+        return [
+            ("From an event to its answer", self.traffic.events),
+            ("From a command to its reply", self.traffic.commands),
+        ]
 
 
 @dataclass(frozen=True)
@@ -116,8 +156,13 @@ def render_html(view: RunView) -> str:
         "shares": shares_of,
         "clock": _clock,
         "size": _size,
+        "time": time_text,
+        "rates": rates_of,
     }
-    anchors = {test.test: f"t{number}" for number, test in enumerate(view.tests, start=1)}
+    anchors = {
+        (test.test, test.target): f"t{number}" for number, test in enumerate(view.tests, start=1)
+    }
+    groups = {row.clause.id: number for number, g in enumerate(view.groups) for row in g.rows}
     lanes, span_s = lanes_of((test.first, _target(test, anchors)) for test in view.tests)
     return environment.get_template("page.html.j2").render(
         view=view,
@@ -126,13 +171,25 @@ def render_html(view: RunView) -> str:
         marks=MARKS,
         outcomes=list(Outcome),
         anchors=anchors,
-        problems=[_problem(view, test, anchors[test.test]) for test in view.bad_tests],
-        sequences=[_sequence(view, test, anchors[test.test]) for test in view.sequences],
+        groups_of=lambda test: sorted({groups[name or "-"] for name in test.clauses or [""]}),
+        problems=[
+            _problem(view, test, anchors[test.test, test.target], in_full=number < IN_FULL)
+            for number, test in enumerate(view.bad_tests)
+        ],
+        sequences=[
+            _sequence(view, test, anchors[test.test, test.target]) for test in view.sequences
+        ],
         unfolded=UNFOLDED,
         lanes=lanes,
         lane_ticks=ticks(span_s),
         span_s=span_s,
         tallies=tallies_of(view.run.path),
+        plots=_plots(view),
+        columns=lambda one, low, high: columns_of(
+            one.histogram, low=low, high=high, factor=COLUMN_FACTOR
+        ),
+        decades=decades,
+        column_factor=COLUMN_FACTOR,
         documents=requirement_documents(),
         files=[name for name in _FILES if (view.run.path / name).is_file()],
         css=_part("page.css"),
@@ -145,11 +202,29 @@ def _part(name: str) -> Markup:
     return Markup(resources.files("harness.report").joinpath(name).read_text("utf-8"))
 
 
-def _target(test: TestView, anchors: dict[str, str]) -> str:
+def _target(test: TestView, anchors: dict[tuple[str, str], str]) -> str:
     """Where a test is told of: its problem, or its first clause in the table."""
     if test.verdict.bad:
-        return anchors[test.test]
+        return anchors[test.test, test.target]
     return f"c-{test.clauses[0]}" if test.clauses else ""
+
+
+def _plots(view: RunView) -> list[Plots]:
+    """The messages of each target, as far as transcripts were kept."""
+    plots = []
+    for target in view.targets:
+        verdicts = [one for one in view.verdicts if one.target == target]
+        if traffic := traffic_of(view.run.path, verdicts):
+            at = [
+                low
+                for kind in (*traffic.events, *traffic.commands)
+                if kind.latency
+                for low, _ in kind.latency.histogram
+            ]
+            plots.append(
+                Plots(target, traffic, min(at, default=1.0), max(at, default=1e9) * COLUMN_FACTOR)
+            )
+    return plots
 
 
 def _clock(stamp: str) -> str:
@@ -180,7 +255,8 @@ def _bars(view: RunView, verdict: Verdict) -> tuple[list[Bar], float]:
     return bars_of(steps), max((step.at_s for step in steps), default=0.0)
 
 
-def _problem(view: RunView, test: TestView, anchor: str) -> Problem:
+def _problem(view: RunView, test: TestView, anchor: str, *, in_full: bool) -> Problem:
+    most_messages, most_lines = (MESSAGES_SHOWN, TEXT_LINES_SHOWN) if in_full else (SHORT, SHORT)
     transcripts = []
     texts = []
     files = evidence_files(test.first.evidence, first=_FIRST_EVIDENCE)
@@ -188,17 +264,17 @@ def _problem(view: RunView, test: TestView, anchor: str) -> Problem:
         path = view.path(relative)
         match kind_of(path):
             case "messages":
-                messages, left_out = messages_of(path)
+                messages, left_out = messages_of(path, limit=most_messages)
                 if messages:
                     transcripts.append(Transcript(name, relative, messages, left_out))
             case "text":
-                excerpt = text_of(path)
+                excerpt = text_of(path, lines=most_lines)
                 if excerpt.text.strip():
                     texts.append(Text(name, _title(name), relative, excerpt))
     return Problem(
         test=test,
         anchor=anchor,
-        rerun=view.rerun([test.test]),
+        rerun=view.rerun([test.test], target=test.target),
         transcripts=transcripts,
         texts=texts,
         files=files,

@@ -88,14 +88,15 @@ def _test(view: RunView, verdict: Verdict, *, build: str, number: int) -> dict[s
                 part
                 for part in (
                     f"target {verdict.target}",
-                    machine.virtualisation if machine else "",
+                    machine.virtualisation if machine and len(view.targets) < 2 else "",
                     machine.caution if machine else "",
                 )
                 if part
             ),
         },
         "misc": _full({"test": verdict.test, "reason": verdict.reason, "seen": verdict.seen,
-                       "again": view.rerun([verdict.test]) if verdict.verdict.bad else ""}),
+                       "again": (view.rerun([verdict.test], target=verdict.target)
+                                 if verdict.verdict.bad else "")}),
     }  # fmt: skip
     if verdict.clause in view.known:
         record["waived"] = True

@@ -18,6 +18,11 @@ __all__ = ["merge"]
 
 _PARTS = "parts"
 
+_TOLD = (
+    "target", "hypervisor", "vendor", "cpu_model", "virtualisation", "kernel_release", "machine",
+)  # fmt: skip
+"""What is said of a machine in words."""
+
 
 def merge(runs: Sequence[Path], *, reports: Path) -> Path:
     """Make one run of several, with all that they left behind.
@@ -108,12 +113,16 @@ def _moved(verdict: Verdict, part: Run) -> Verdict:
 
 
 def _machine(facts: Sequence[RunFacts]) -> MachineRecord | None:
-    """The machine of the first; nothing counts as seen on hardware unless all of it was."""
+    """All machines as one; nothing counts as seen on hardware unless all of it was."""
     machines = [one.machine for one in facts if one.machine]
     if not machines:
         return None
+    told = {
+        name: ", ".join(dict.fromkeys(filter(None, (getattr(one, name) for one in machines))))
+        for name in _TOLD
+    }
     emulated = any(one.emulated for one in machines)
-    return msgspec.structs.replace(machines[0], emulated=emulated)
+    return msgspec.structs.replace(machines[0], emulated=emulated, **told)
 
 
 def _lost(shards: Sequence[str]) -> list[str]:

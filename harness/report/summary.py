@@ -86,7 +86,7 @@ def _bad(view: RunView, test: TestView) -> list[RenderableType]:
         ),
         Text(f"      {test.test}"),
         Text(f"      {_printable(verdict.reason)}"),
-        Text(f"      again: {view.rerun([test.test])}", "dim"),
+        Text(f"      again: {view.rerun([test.test], target=test.target)}", "dim"),
     ]
     folders = {path.rpartition("/")[0] for path in verdict.evidence.values()}
     folder = next((path for path in sorted(folders) if path.startswith("evidence/")), None)

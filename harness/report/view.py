@@ -7,6 +7,7 @@ The documents (terminal, JUnit, HTML) are made from this, so that they agree.
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ __all__ = ["GroupView", "Row", "RunView", "TestView", "rerun_command", "view_of"
 
 NO_CLAUSE = "Tests that name no clause"
 
+_COMMAND = "inv conform"
+_TARGET = re.compile(r" --target \S+")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,6 +42,14 @@ class Row:
 
     clause: Clause
     result: ClauseResult
+
+    @property
+    def by_target(self) -> dict[str, Outcome]:
+        """Its verdict on each target that tested it."""
+        seen: dict[str, list[Outcome]] = {}
+        for one in self.result.verdicts:
+            seen.setdefault(one.target, []).append(one.verdict)
+        return {target: combine(outcomes) for target, outcomes in seen.items()}
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,10 @@ class GroupView:
 
 @dataclass(frozen=True)
 class TestView:
-    """One test with its verdicts on one or several clauses."""
+    """One test on one target, with its verdicts on one or several clauses."""
 
     test: str
+    target: str
     verdicts: tuple[Verdict, ...]
 
     @property
@@ -168,11 +181,16 @@ class RunView:
 
     @functools.cached_property
     def tests(self) -> list[TestView]:
-        """Each test once, in the order in which they came to their end."""
-        members: dict[str, list[Verdict]] = {}
+        """Each test once for each target, in the order in which they came to their end."""
+        members: dict[tuple[str, str], list[Verdict]] = {}
         for verdict in self.verdicts:
-            members.setdefault(verdict.test, []).append(verdict)
-        return [TestView(test, tuple(verdicts)) for test, verdicts in members.items()]
+            members.setdefault((verdict.test, verdict.target), []).append(verdict)
+        return [TestView(*key, tuple(verdicts)) for key, verdicts in members.items()]
+
+    @functools.cached_property
+    def targets(self) -> list[str]:
+        """The targets of its verdicts: several in a run that was merged."""
+        return list(dict.fromkeys(v.target for v in self.verdicts if v.target))
 
     @property
     def bad_tests(self) -> list[TestView]:
@@ -228,9 +246,15 @@ class RunView:
         """A piece of evidence on disk."""
         return self.run.path / relative
 
-    def rerun(self, tests: Iterable[str]) -> str:
-        """The command that runs these tests again."""
-        return rerun_command(self.facts.rerun, list(tests))
+    def rerun(self, tests: Iterable[str], *, target: str = "") -> str:
+        """The command that runs these tests again.
+
+        :param target: where, if the run has several.
+        """
+        command = self.facts.rerun
+        if target and len(self.targets) > 1:
+            command = f"{_TARGET.sub('', command or _COMMAND)} --target {shlex.quote(target)}"
+        return rerun_command(command, list(tests))
 
 
 def _foreign(name: str) -> Clause:
@@ -247,7 +271,7 @@ def _foreign(name: str) -> Clause:
 
 def rerun_command(command: str, tests: Sequence[str]) -> str:
     """The command to type to run these tests again, and no others."""
-    return f"{command or 'inv conform'} --select {shlex.quote(' '.join(tests))}"
+    return f"{command or _COMMAND} --select {shlex.quote(' '.join(tests))}"
 
 
 def view_of(run: Run, known: Iterable[Known] | None = None) -> RunView:

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from harness.bench.figures import COLUMN_FACTOR, distribution, quantile, ratio
+from harness.report.figures import COLUMN_FACTOR, distribution, quantile, ratio
 
 
 def test_quantiles() -> None:
