@@ -203,6 +203,15 @@ def build_images(
     _build_images(kernel_series=kernel_series, qemu_series=qemu_series, flavour=flavour)
 
 
+@_task("packages")
+def build_packages(_context: Context) -> None:
+    """Install the Debian packages that the project's own tests need, those of a run included."""
+    from harness.build.packages import BROWSER_PACKAGES, PACKAGES, ensure_packages
+
+    log = load_settings().cache / "logs" / "packages.log"
+    ensure_packages(log, (*PACKAGES, *BROWSER_PACKAGES))
+
+
 @_task("all", default=True)
 def build_all(_context: Context) -> None:
     """Build everything that a run needs."""
@@ -528,7 +537,15 @@ namespace = Collection(
     fuzz,
     selftests,
     watch,
-    build=Collection(build_all, build_kernel, build_qemu, build_images, build_sources, build_clean),
+    build=Collection(
+        build_all,
+        build_kernel,
+        build_qemu,
+        build_images,
+        build_sources,
+        build_packages,
+        build_clean,
+    ),
     bench=Collection(bench_events),
     tree=Collection(tree_edit, tree_refresh),
     series=Collection(series_describe, series_check),

@@ -23,7 +23,12 @@ from rich.table import Table
 
 from harness.abi.profile import load_profile
 from harness.build.archive import machine_codename
-from harness.build.packages import apt_line, missing_packages, packages_for
+from harness.build.packages import (
+    BROWSER_PACKAGES,
+    apt_line,
+    missing_packages,
+    packages_for,
+)
 from harness.build.series import load_series
 from harness.errors import HarnessError, InfraError
 from harness.hosts.choice import choose
@@ -140,11 +145,14 @@ def _system() -> Finding:
 
 
 def _packages(settings: Settings) -> list[Finding]:
-    missing = missing_packages(packages_for(settings))
-    if not missing:
-        return [Finding("Debian packages", State.OK, "all there")]
-    fix = apt_line(missing)
-    return [Finding(one.name, State.MISSING, one.reason, fix) for one in missing]
+    findings = []
+    for packages, state in (
+        (packages_for(settings), State.MISSING),
+        (BROWSER_PACKAGES, State.NOTE),
+    ):
+        missing = missing_packages(packages)
+        findings += [Finding(one.name, state, one.reason, apt_line(missing)) for one in missing]
+    return findings or [Finding("Debian packages", State.OK, "all there")]
 
 
 def _cores() -> Finding:

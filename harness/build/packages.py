@@ -23,6 +23,7 @@ from harness.settings import Settings
 __all__ = [
     "BOCHS_BUILD_PACKAGES",
     "BOCHS_PACKAGES",
+    "BROWSER_PACKAGES",
     "PACKAGES",
     "Package",
     "apt_line",
@@ -117,6 +118,12 @@ BOCHS_BUILD_PACKAGES = (
     Package("g++", "g++", "compiles Bochs"),
 )
 """What it needs if Bochs is built from source."""
+
+BROWSER_PACKAGES = (
+    Package("chromium", "chromium", "shows the pages of reports to the tests"),
+    Package("chromium-driver", "chromedriver", "lets the tests use it"),
+)
+"""What the tests of the reports' pages need."""
 
 
 def packages_for(settings: Settings) -> tuple[Package, ...]:

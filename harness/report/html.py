@@ -45,7 +45,7 @@ from harness.report.tallies import tallies_of
 from harness.report.traffic import Kind, Traffic, traffic_of
 from harness.report.view import RunView, TestView
 
-__all__ = ["write_html"]
+__all__ = ["page_environment", "write_html"]
 
 MARKS = {
     Outcome.PASS: "✓",
@@ -144,8 +144,54 @@ def write_html(view: RunView, path: Path) -> None:
 
 def render_html(view: RunView) -> str:
     """The page as text."""
+    anchors = {
+        (test.test, test.target): f"t{number}" for number, test in enumerate(view.tests, start=1)
+    }
+    groups = {row.clause.id: number for number, g in enumerate(view.groups) for row in g.rows}
+    lanes, span_s = lanes_of((test.first, _target(test, anchors)) for test in view.tests)
+    return (
+        page_environment("harness.report")
+        .get_template("page.html.j2")
+        .render(
+            view=view,
+            series_page=_series_page(view.run.path),
+            facts=view.facts,
+            machine=view.facts.machine,
+            anchors=anchors,
+            groups_of=lambda test: sorted({groups[name or "-"] for name in test.clauses or [""]}),
+            problems=[
+                _problem(view, test, anchors[test.test, test.target], in_full=number < IN_FULL)
+                for number, test in enumerate(view.bad_tests)
+            ],
+            sequences=[
+                _sequence(view, test, anchors[test.test, test.target]) for test in view.sequences
+            ],
+            unfolded=UNFOLDED,
+            lanes=lanes,
+            lane_ticks=ticks(span_s),
+            span_s=span_s,
+            tallies=tallies_of(view.run.path),
+            plots=_plots(view),
+            columns=lambda one, low, high: columns_of(
+                one.histogram, low=low, high=high, factor=COLUMN_FACTOR
+            ),
+            decades=decades,
+            column_factor=COLUMN_FACTOR,
+            documents=requirement_documents(),
+            files=[name for name in _FILES if (view.run.path / name).is_file()],
+        )
+    )
+
+
+def page_environment(package: str) -> jinja2.Environment:
+    """What the pages of this project have in common: their style, their script, their words.
+
+    :param package: has the page's template; the parts of templates are those of this package.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("harness.report", ""),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(name, "") for name in (package, "harness.report")]
+        ),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -159,47 +205,24 @@ def render_html(view: RunView) -> str:
         "time": time_text,
         "rates": rates_of,
     }
-    anchors = {
-        (test.test, test.target): f"t{number}" for number, test in enumerate(view.tests, start=1)
+    environment.globals |= {
+        "marks": MARKS,
+        "outcomes": list(Outcome),
+        "css": _part("page.css"),
+        "script": _part("page.js"),
     }
-    groups = {row.clause.id: number for number, g in enumerate(view.groups) for row in g.rows}
-    lanes, span_s = lanes_of((test.first, _target(test, anchors)) for test in view.tests)
-    return environment.get_template("page.html.j2").render(
-        view=view,
-        facts=view.facts,
-        machine=view.facts.machine,
-        marks=MARKS,
-        outcomes=list(Outcome),
-        anchors=anchors,
-        groups_of=lambda test: sorted({groups[name or "-"] for name in test.clauses or [""]}),
-        problems=[
-            _problem(view, test, anchors[test.test, test.target], in_full=number < IN_FULL)
-            for number, test in enumerate(view.bad_tests)
-        ],
-        sequences=[
-            _sequence(view, test, anchors[test.test, test.target]) for test in view.sequences
-        ],
-        unfolded=UNFOLDED,
-        lanes=lanes,
-        lane_ticks=ticks(span_s),
-        span_s=span_s,
-        tallies=tallies_of(view.run.path),
-        plots=_plots(view),
-        columns=lambda one, low, high: columns_of(
-            one.histogram, low=low, high=high, factor=COLUMN_FACTOR
-        ),
-        decades=decades,
-        column_factor=COLUMN_FACTOR,
-        documents=requirement_documents(),
-        files=[name for name in _FILES if (view.run.path / name).is_file()],
-        css=_part("page.css"),
-        script=_part("page.js"),
-    )
+    return environment
 
 
 def _part(name: str) -> Markup:
     """A file of ours that goes into the page as it is."""
     return Markup(resources.files("harness.report").joinpath(name).read_text("utf-8"))
+
+
+def _series_page(run_dir: Path) -> str:
+    """The page of the series of which this run checked a patch; empty if it is no such run."""
+    place = run_dir.parent.parent.parent
+    return "../../../patches.html" if (place / "judged.jsonl").is_file() else ""
 
 
 def _target(test: TestView, anchors: dict[tuple[str, str], str]) -> str:

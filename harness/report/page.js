@@ -60,6 +60,7 @@ if (filter) {
   filter.hidden = false;
   filter.addEventListener("submit", (event) => event.preventDefault());
   filter.addEventListener("input", apply);
+  filter.addEventListener("change", apply);
   filter.addEventListener("reset", () => setTimeout(apply));
   // A browser may have kept what was chosen before the page was loaded again.
   apply();

@@ -6,6 +6,7 @@ and one that is repeated is free::
 
     <reports>/series/<name>@<digest>-<key>/judged.jsonl   see harness.series.history.Judged
     <reports>/series/<name>@<digest>-<key>/clauses.csv    patches down, clauses across
+    <reports>/series/<name>@<digest>-<key>/patches.html   the same to look at
     <reports>/series/<name>@<digest>-<key>/NNNN/          its kernel's series, and its run
 """
 
@@ -42,6 +43,8 @@ from harness.report.store import last_run, load_run
 from harness.report.view import view_of
 from harness.series.ahead import building_ahead
 from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.series.page import FILE_NAME as PAGE
+from harness.series.page import write_page
 from harness.settings import Settings
 
 __all__ = ["Check", "check"]
@@ -80,9 +83,12 @@ def check(settings: Settings, *, select: str | None = None, bisect: str | None =
 
 def _each(one: Check) -> Iterator[Judged]:
     total = len(one.series.patches)
+    so_far = []
     for number in range(1, total + 1):
         judged = one.judge(number, ahead=number + 1)
         note(f"{number}/{total} {judged.patch}: {_outcome(judged)}")
+        so_far.append(judged)
+        write_page(one.series, so_far, one.place / PAGE)
         yield judged
         if judged.applies:
             note("the patches after it are not looked at: they are made for it")
@@ -111,6 +117,7 @@ class Check:
         self.place.mkdir(parents=True, exist_ok=True)
         self.passing = settings.cache / "check" / self.place.name
         self._journal = self.place / _JOURNAL
+        self._journal.touch()
         self._known = {one.digest: one for one in _records(self._journal)}
 
     def judge(self, number: int, *, ahead: int | None = None) -> Judged:
@@ -295,6 +302,7 @@ def _tell(one: Check, judged: list[Judged]) -> int:
         console.print(f"{number} {name} breaks {', '.join(clauses)}", soft_wrap=True)
     (one.place / "clauses.csv").write_text(to_csv(judged))
     console.print(f"Patches and clauses: {one.place / 'clauses.csv'}", soft_wrap=True)
+    console.print(f"Report: {one.place / PAGE}", soft_wrap=True)
     if any(row.applies or row.builds for row in judged):
         return BuildError.exit_code
     return ConformanceError.exit_code if broken or any(row.boots for row in judged) else 0
