@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -25,6 +25,9 @@ from harness.errors import HarnessError, UsageError
 from harness.report import FORMATS as FORMATS_OF_REPORTS
 from harness.series import FORMS
 from harness.settings import Settings, load_settings, with_series
+
+if TYPE_CHECKING:
+    from harness.bench import Options as BenchOptions
 
 _INTERRUPTED = 130
 
@@ -98,8 +101,8 @@ _OPTIONS = {
     "known": "TOML file of known failures",
     "formats": f"of {', '.join(FORMATS_OF_REPORTS)} (default: all)",
     "against": "directory of an earlier run, to say in the mail what became of its verdicts",
-    "before": "directory of a run",
-    "after": "directory of the run that is compared with it",
+    "before": "directory of a run; of bench.compare: a series or a bzImage",
+    "after": "what is compared with it, likewise",
     "runs": "directories of runs, separated by blanks",
     "days": "keep what was used in so many days",
 }
@@ -473,6 +476,14 @@ def selftests(
     return run(settings, select=select)
 
 
+def _bench_options(options: dict[str, Any]) -> BenchOptions:
+    from harness.bench import Options
+
+    known = {field.name for field in dataclasses.fields(Options)}
+    given = {name: value for name, value in options.items() if name in known}
+    return Options(**given | {"only": tuple(given["only"].split())})
+
+
 @_task("events")
 def bench_events(
     _context: Context,
@@ -490,18 +501,37 @@ def bench_events(
     only: str = "",
 ) -> int:
     """Measure how long one event holds a vCPU, next to a plain exit to user space."""
-    from harness.bench import Options, bench_events
+    from harness.bench import bench_events as run
 
-    options = Options(
-        rounds=rounds,
-        samples=samples,
-        vcpus=vcpus,
-        apart=apart,
-        seed=seed,
-        only=tuple(only.split()),
+    given = dict(locals())
+    return run(_ready(**_settings_in(given)), _bench_options(given))
+
+
+@_task("compare")
+def bench_compare(
+    _context: Context,
+    before: str,
+    after: str,
+    *,
+    target: str | None = None,
+    flavour: str | None = None,
+    reports: str | None = None,
+    rounds: int = 12,
+    samples: int = 200,
+    vcpus: int = 1,
+    apart: bool = False,
+    seed: int = 0,
+    only: str = "",
+) -> int:
+    """Measure two kernels in turns, each a series or a bzImage; tell what got slower."""
+    from harness.bench import bench_compare as run
+    from harness.bench import kernel_named
+
+    given = dict(locals())
+    one, other = (
+        _ready(**_settings_in(given), **kernel_named(kernel)) for kernel in (before, after)
     )
-    settings = _ready(**_settings_in(locals()))
-    return bench_events(settings, options)
+    return run(one, other, _bench_options(given))
 
 
 @_task()
@@ -546,7 +576,7 @@ namespace = Collection(
         build_packages,
         build_clean,
     ),
-    bench=Collection(bench_events),
+    bench=Collection(bench_events, bench_compare),
     tree=Collection(tree_edit, tree_refresh),
     series=Collection(series_describe, series_check),
     report=Collection(report_all, report_render, report_compare, report_merge),

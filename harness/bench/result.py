@@ -16,7 +16,7 @@ from harness.report.model import MachineRecord
 
 if TYPE_CHECKING:
     from harness.abi import Profile
-    from harness.bench.run import Rounds
+    from harness.bench.rounds import Rounds
 
 __all__ = ["Kind", "Parts", "Result", "make_result"]
 
@@ -69,6 +69,8 @@ class Result(msgspec.Struct, kw_only=True):
     """The plain exits first, then events in the order of :data:`harness.bench.kinds.KINDS`."""
     complaints: list[str]
     """What the host's kernel complained about meanwhile."""
+    pair: str = ""
+    """The measurement in turns of which this is one side; the two have it in common."""
 
 
 def make_result(
@@ -80,6 +82,7 @@ def make_result(
     kernel: dict[str, str],
     machine: MachineRecord,
     complaints: Sequence[str],
+    pair: str = "",
 ) -> Result:
     """Make figures of all that was measured."""
     facts = rounds.facts
@@ -101,6 +104,7 @@ def make_result(
         clock_ns=clock_ticks * tick_ns,
         kinds=[figures.kind(name) for name in (EXIT, EXIT_KERNEL, *wanted)],
         complaints=list(complaints),
+        pair=pair,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rounds of measurements on one host, and what comes of them.
+"""A benchmark of one kernel, or of two against each other, and what comes of it.
 
 ::
 
@@ -10,78 +10,40 @@
         bench.html      the same to look at
         counters        the program's shared-memory counters, as of the last round
         hosts/bench/    console of the host
+
+Of two kernels there are two such directories in that of the run, ``before`` and ``after``.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from harness.abi import load_profile
-from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS, OWN, not_there
+from harness.bench.kinds import CLOCK, EXIT, not_there
 from harness.bench.program import Block, Facts, Program, Stopped, build
 from harness.bench.result import Result, make_result
-from harness.build.progress import Step, note, step
+from harness.bench.rounds import Options, Side, measure_rounds
+from harness.build.progress import step
 from harness.counters import attach, create
 from harness.errors import UsageError
 from harness.plugin.inputs import machine_record
 from harness.report.store import new_run_dir, point_latest, utc_now, write_atomically
 
 if TYPE_CHECKING:
-    from harness.hosts import Host
+    from harness.build.kernel import KernelBuild
+    from harness.hosts import Host, Target
     from harness.settings import Settings
 
-__all__ = ["Options", "Rounds", "bench_events", "measure_rounds", "order_of"]
+__all__ = ["bench_compare", "bench_events", "kernel_named"]
 
 LIMIT_S = 60
 """After so long without an end the program gives a block up. Emulated hosts are slow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to measure."""
-
-    rounds: int = 12
-    samples: int = 200
-    """Of each kind in each round."""
-    warm: int = 20
-    """Samples before these, which do not count."""
-    vcpus: int = 1
-    """How many raise events at the same time, 1 or 2."""
-    apart: bool = False
-    """Give the tool a CPU of its own instead of that of the vCPU."""
-    seed: int = 0
-    """Of the order in each round, and of the intervals."""
-    only: tuple[str, ...] = ()
-    """Kinds, all if empty."""
-
-    def __post_init__(self) -> None:
-        if not (2 <= self.rounds <= 1000 and 1 <= self.samples <= 10_000):
-            raise UsageError("--rounds is 2 to 1000, --samples is 1 to 10000")
-        if self.vcpus not in (1, 2):
-            raise UsageError("--vcpus is 1 or 2")
-        if unknown := set(self.only) - set(KINDS):
-            raise UsageError(
-                f"there is no kind {', '.join(sorted(unknown))}",
-                hint=f"there are: {' '.join(KINDS)}",
-            )
-
-
-@dataclass
-class Rounds:
-    """What was measured: the host's facts and the blocks of each round by kind. And what was not:
-    kinds that this target lacks, and kinds that failed, each with the reason."""
-
-    facts: Facts
-    without: Mapping[str, str]
-    blocks: list[dict[str, Block]] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
 
 
 def bench_events(settings: Settings, options: Options) -> int:
@@ -94,59 +56,146 @@ def bench_events(settings: Settings, options: Options) -> int:
 
     Should it end early, ``samples.jsonl`` has what was measured until then.
     """
+    run_dir = new_run_dir(settings.reports / "bench")
+    (result,) = _measure({run_dir: settings}, options)
+    point_latest(run_dir)
+    return _report(result, run_dir)
+
+
+def bench_compare(before: Settings, after: Settings, options: Options) -> int:
+    """Measure two kernels in turns, each on a host of its own, and tell what got slower.
+
+    :param before: with the one kernel, its series or image; the rest is as in ``after``.
+    :returns: as :func:`bench_events`; 1 also if something got slower.
+    :raises UsageError: a target that has one machine only.
+    :raises HarnessError: as :func:`bench_events`.
+    """
+    from harness.report.compare import compare_runs, tell
+
+    if after.target == "ssh":
+        raise UsageError(
+            "two kernels in turns take two hosts, and target ssh has one machine",
+            hint="use --target tcg, or inv bench.events on each kernel and inv report.compare",
+        )
+    run_dir = new_run_dir(after.reports / "bench")
+    places = {run_dir / "before": before, run_dir / "after": after}
+    results = _measure(places, options, pair=run_dir.name)
+    point_latest(run_dir)
+    codes = [_report(result, place) for result, place in zip(results, places, strict=True)]
+    found = compare_runs(*places)
+    print("\n".join(tell(found)))
+    print(f"Compare again: inv report.compare {' '.join(map(str, places))}")
+    return max(*codes, found.exit_code)
+
+
+def kernel_named(text: str) -> dict[str, str]:
+    """The setting that a person means by a kernel: a bzImage, or else a series in any form."""
+    path = Path(text)
+    if path.is_file():
+        with path.open("rb") as file:
+            # Documentation/arch/x86/boot.rst: the setup header's magic number.
+            if file.read(0x206)[0x202:] == b"HdrS":
+                return {"kernel": text}
+    return {"kernel_series": text}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is built for one kernel."""
+
+    settings: Settings
+    program: Path
+    kernel: KernelBuild
+    target: Target
+
+
+def _prepare(settings: Settings) -> _Ready:
     from harness.build.images import build_images
     from harness.build.kernel import build_kernel
     from harness.build.qemu import build_qemu
     from harness.hosts import target_for
 
-    profile = load_profile(settings.abi)
-    program = build(settings.cache, profile)
+    program = build(settings.cache, load_profile(settings.abi))
     target = target_for(settings)
     kernel = build_kernel(settings)
     target.prepare(kernel, build_images(settings, kernel=kernel, qemu=build_qemu(settings)))
-    run_dir = new_run_dir(settings.reports / "bench")
-    run_dir.mkdir(parents=True)
+    return _Ready(settings, program, kernel, target)
+
+
+def _measure(places: Mapping[Path, Settings], options: Options, *, pair: str = "") -> list[Result]:
+    """Measure in turns what is to go into each of these directories."""
+    ready = {place: _prepare(settings) for place, settings in places.items()}
     started = utc_now()
-    create(run_dir / "counters", slots=2).close()
-    with target.start(name="bench", evidence=run_dir / "hosts" / "bench") as host:
-        Program.install(host, program, counters=(run_dir / "counters").read_bytes())
-        mark = host.console.mark()
-        with step("Measure") as progress, (run_dir / "samples.jsonl").open("wb") as samples:
+    with contextlib.ExitStack() as stack:
+        hosts = {
+            place: stack.enter_context(_host(one, place, name=place.name if pair else ""))
+            for place, one in ready.items()
+        }
+        marks = {place: host.console.mark() for place, host in hosts.items()}
+        sides = {
+            place: stack.enter_context(_side(ready[place], host, place, options, bool(pair)))
+            for place, host in hosts.items()
+        }
 
-            def keep(one: Facts | Block) -> None:
-                samples.write(msgspec.json.encode(one) + b"\n")
-                samples.flush()
+        def show_counters() -> None:
+            for place, host in hosts.items():
+                with attach(place / "counters") as counters:
+                    counters.copy(Program.counters(host))
 
-            rounds = measure_rounds(
-                lambda: Program.start(
-                    host, limit_s=LIMIT_S, vcpus=options.vcpus, apart=options.apart
-                ),
-                options,
-                without=not_there(target.facts()),
-                keep=keep,
-                progress=progress,
-                after_round=lambda: _show_counters(host, run_dir),
+        with step("Measure") as progress:
+            measure_rounds(
+                list(sides.values()), options, progress=progress, after_round=show_counters
             )
-        _show_counters(host, run_dir)
-        complaints = host.console.complaints(mark)
-    for basis in (CLOCK, EXIT):
-        if basis in rounds.failed:
-            raise Stopped(f"nothing to compare with: {rounds.failed[basis]}")
-    result = make_result(
-        rounds,
-        profile=profile,
-        started=started,
-        options=vars(options),
-        kernel={"release": kernel.release, "series": kernel.series, "key": kernel.key},
-        machine=machine_record(target.facts()),
-        complaints=complaints,
-    )
-    return _report(result, run_dir)
+        complaints = {p: host.console.complaints(marks[p]) for p, host in hosts.items()}
+    for side in sides.values():
+        for basis in (CLOCK, EXIT):
+            if basis in side.done.failed:
+                raise Stopped(f"nothing to compare with: {side.done.failed[basis]}")
+    return [
+        make_result(
+            sides[place].done,
+            profile=load_profile(one.settings.abi),
+            started=started,
+            options=vars(options),
+            kernel={
+                "release": one.kernel.release, "series": one.kernel.series, "key": one.kernel.key
+            },
+            machine=machine_record(one.target.facts()),
+            complaints=complaints[place],
+            pair=pair,
+        )
+        for place, one in ready.items()
+    ]  # fmt: skip
 
 
-def _show_counters(host: Host, run_dir: Path) -> None:
-    with attach(run_dir / "counters") as counters:
-        counters.copy(Program.counters(host))
+@contextlib.contextmanager
+def _host(one: _Ready, place: Path, *, name: str) -> Iterator[Host]:
+    """A host with the program in it."""
+    place.mkdir(parents=True)
+    create(place / "counters", slots=2).close()
+    evidence = place / "hosts" / "bench"
+    with one.target.start(name=f"bench-{name}" if name else "bench", evidence=evidence) as host:
+        Program.install(host, one.program, counters=(place / "counters").read_bytes())
+        yield host
+
+
+@contextlib.contextmanager
+def _side(one: _Ready, host: Host, place: Path, options: Options, named: bool) -> Iterator[Side]:
+    with (place / "samples.jsonl").open("wb") as samples:
+
+        def keep(said: Facts | Block) -> None:
+            samples.write(msgspec.json.encode(said) + b"\n")
+            samples.flush()
+
+        def start() -> Program:
+            return Program.start(host, limit_s=LIMIT_S, vcpus=options.vcpus, apart=options.apart)
+
+        without = not_there(one.target.facts())
+        side = Side(start, keep=keep, without=without, name=place.name if named else "")
+        try:
+            yield side
+        finally:
+            side.close()
 
 
 def _report(result: Result, run_dir: Path) -> int:
@@ -154,83 +203,6 @@ def _report(result: Result, run_dir: Path) -> int:
 
     write_atomically(run_dir / "bench.json", msgspec.json.format(msgspec.json.encode(result)))
     write_page(result, run_dir / "bench.html")
-    point_latest(run_dir)
     print_result(result)
     print(f"Report: {run_dir / 'bench.html'}")
     return int(bool(result.complaints) or any(one.failed for one in result.kinds))
-
-
-def order_of(
-    facts: Facts, options: Options, *, without: Collection[str] = ()
-) -> Iterator[list[str]]:
-    """For each round what to measure, in its order, from the seed alone.
-
-    Kinds that the kernel lacks are left out, and those in ``without``; with each kind comes its
-    share of our own.
-    """
-    chance = random.Random(options.seed)
-    wanted = [
-        kind
-        for kind in facts.kinds
-        if kind in (options.only or KINDS) and not facts.kinds[kind].missing and kind not in without
-    ]
-    everything = [CLOCK, EXIT, EXIT_KERNEL, *wanted, *(OWN + kind for kind in wanted)]
-    for _ in range(options.rounds):
-        chance.shuffle(everything)
-        yield list(everything)
-
-
-def measure_rounds(
-    start: Callable[[], Program],
-    options: Options,
-    *,
-    keep: Callable[[Facts | Block], None],
-    progress: Step,
-    without: Mapping[str, str] = MappingProxyType({}),
-    after_round: Callable[[], None] = lambda: None,
-) -> Rounds:
-    """Measure all kinds in all rounds.
-
-    A kind at which the program gives up is not tried again; the others go on with another one.
-
-    :param start: makes a program that can measure.
-    :param keep: told all that the program says, at once.
-    :param without: kinds that cannot be measured here, and why.
-    """
-    program = start()
-    done = Rounds(program.facts, without)
-    keep(program.facts)
-    orders = order_of(program.facts, options, without=without)
-    try:
-        for number, order in enumerate(orders, 1):
-            blocks: dict[str, Block] = {}
-            for place, kind in enumerate(order):
-                if kind in done.failed:
-                    continue
-                progress.update(
-                    done=(number - 1) * len(order) + place,
-                    total=options.rounds * len(order),
-                    doing=f"round {number}: {kind}",
-                )
-                try:
-                    blocks[kind] = _measure(program, kind, options)
-                except Stopped as error:
-                    note(f"{kind} cannot be measured: {error.message}")
-                    done.failed[kind] = error.message
-                    program.close()
-                    program = start()
-                else:
-                    keep(blocks[kind])
-            done.blocks.append(blocks)
-            after_round()
-    finally:
-        program.close()
-    return done
-
-
-def _measure(program: Program, kind: str, options: Options) -> Block:
-    # Where the program can take only so many at once, as many as that.
-    most = program.facts.kinds[kind.removeprefix(OWN)].samples
-    return program.measure(
-        kind, samples=min(options.samples, most - options.warm), warm=options.warm
-    )

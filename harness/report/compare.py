@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.errors import UsageError
 from harness.report.model import Outcome
-from harness.report.speed import Speed, speeds_of
+from harness.report.speed import Speed, Speeds, speeds_of
 from harness.report.store import VERDICTS, load_run
 from harness.report.view import RunView
 
@@ -60,7 +60,12 @@ class Comparison:
     """All differences, the worst first, and what was measured in both."""
 
     differences: tuple[Difference, ...]
-    speeds: tuple[Speed, ...] = ()
+    measured: Speeds = field(default_factory=Speeds)
+
+    @property
+    def speeds(self) -> tuple[Speed, ...]:
+        """What was measured in both, kind by kind."""
+        return self.measured.kinds
 
     def of(self, change: Change) -> list[Difference]:
         """Those of one kind."""
@@ -117,13 +122,23 @@ def compare_runs(before: Path, after: Path) -> Comparison:
     both = [(path / VERDICTS).is_file() for path in (before, after)]
     if all(both):
         found = compare(RunView(load_run(before)), RunView(load_run(after)))
-        return Comparison(found.differences, tuple(speeds))
-    if any(both) or not speeds:
+        return Comparison(found.differences, speeds)
+    if any(both) or not speeds.kinds:
         for path in (before, after):
-            if not speeds or not (path / VERDICTS).is_file():
+            if not speeds.kinds or not (path / VERDICTS).is_file():
                 load_run(path)  # says what is missing there
         raise UsageError(f"{before} and {after} are runs of different kinds")
-    return Comparison((), tuple(speeds))
+    return Comparison((), speeds)
+
+
+def _how_measured(measured: Speeds) -> Iterator[str]:
+    if measured.in_turns:
+        yield "time that an event holds a vCPU, both kernels measured in turns:"
+    else:
+        yield "time that an event holds a vCPU, relative to a plain exit of the same round"
+        yield "(one run after the other; inv bench.compare measures both kernels in turns):"
+    if measured.caution:
+        yield f"  {measured.caution}"
 
 
 def tell(found: Comparison) -> Iterator[str]:
@@ -133,7 +148,7 @@ def tell(found: Comparison) -> Iterator[str]:
             yield f"{change.value} ({len(members)}):"
             yield from (f"  {one}" for one in members)
     if found.speeds:
-        yield "time that an event holds a vCPU, relative to a plain exit of the same round:"
+        yield from _how_measured(found.measured)
         yield from (f"  {one}" for one in found.speeds)
     worse = sum(one.worse for one in found.differences) + sum(s.slower for s in found.speeds)
     if not found.differences and not found.speeds:

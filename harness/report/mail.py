@@ -127,6 +127,8 @@ def _against(against: Comparison) -> Iterator[str]:
             yield ""
     if slower := [one for one in against.speeds if one.slower]:
         yield "Slower"
+        if caution := against.measured.caution:
+            yield from _wrapped_item(caution)
         yield from (f"  {one}" for one in slower)
         yield ""
 

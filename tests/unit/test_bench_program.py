@@ -19,7 +19,7 @@ import pytest
 from harness.abi import load_profile
 from harness.bench.kinds import KINDS, OWN
 from harness.bench.program import Block, Facts, Program, Stopped, build
-from harness.bench.run import Options, measure_rounds
+from harness.bench.rounds import Options, Side, measure_rounds
 from harness.build.progress import Step
 from harness.counters import attach, create, quantile_ns
 from harness.errors import DeadlineError, InfraError
@@ -216,7 +216,9 @@ def test_rounds_go_on_after_a_failure(start: Callable[..., Program]) -> None:
     """What cannot be measured is dropped with its reason; the rest has its blocks."""
     kept: list[Facts | Block] = []
     options = Options(rounds=2, samples=5, warm=1, only=("hypercall", "trap"))
-    done = measure_rounds(start, options, keep=kept.append, progress=Step("Measure", None))
+    side = Side(start, keep=kept.append)
+    measure_rounds([side], options, progress=Step("Measure", None))
+    done = side.done
     assert set(done.failed) == {"clock", "exit", "exit-kernel", "hypercall", "trap"}
     assert [set(blocks) for blocks in done.blocks] == [{"own:hypercall", "own:trap"}] * 2
     assert len(kept) == 1 + 4
@@ -227,7 +229,7 @@ def test_rounds_go_on_after_a_failure(start: Callable[..., Program]) -> None:
 def test_order_is_random_and_repeats() -> None:
     """Each round has another order; the same seed gives the same ones."""
     from harness.bench.program import KindFacts
-    from harness.bench.run import order_of
+    from harness.bench.rounds import order_of
 
     facts = Facts(
         pid=7, vendor="AMD", cpus=2, vcpus=1, tsc_khz=1, tsc_compares=True, apart=False,

@@ -13,7 +13,7 @@ from harness.abi import load_profile
 from harness.bench.kinds import CLOCK, EXIT, EXIT_KERNEL, KINDS
 from harness.bench.program import Block, Facts, KindFacts, VcpuSamples
 from harness.bench.result import Kind, Result, make_result
-from harness.bench.run import Options, Rounds
+from harness.bench.rounds import Options, Rounds
 from harness.bench.show import print_result, render_page, what_it_is
 from harness.errors import UsageError
 from harness.report.model import MachineRecord

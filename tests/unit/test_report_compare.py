@@ -18,7 +18,7 @@ from harness.report import render
 from harness.report.compare import Change, compare_runs, tell
 from harness.report.merge import merge
 from harness.report.model import Outcome
-from harness.report.speed import permutation_test, speeds_of
+from harness.report.speed import paired_test, permutation_test, speeds_of
 from harness.report.store import load_run
 from harness.report.view import view_of
 
@@ -95,10 +95,20 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
 # -- speed --------------------------------------------------------------------------------------
 
 
-def bench(place: Path, factors: dict[str, float], *, seed: int = 1, load: float = 1.0) -> Path:
+def bench(
+    place: Path,
+    factors: dict[str, float],
+    *,
+    seed: int = 1,
+    load: float = 1.0,
+    pair: str = "",
+    wild: float = 3.0,
+) -> Path:
     """A benchmark's record: rounds that a loaded machine slows down as a whole."""
+    # The two sides of a measurement in turns share what disturbs their rounds.
+    chance = random.Random(pair or seed)
+    slow = [load * chance.uniform(1, wild) for _ in range(12)]
     chance = random.Random(seed)
-    slow = [load * chance.uniform(1, 3) for _ in range(12)]
     kinds: list[dict[str, object]] = [
         {"name": "exit", "hold": {"rounds_ns": [1000 * one for one in slow]}}
     ]
@@ -109,7 +119,7 @@ def bench(place: Path, factors: dict[str, float], *, seed: int = 1, load: float 
     ]  # fmt: skip
     kinds.append({"name": "lacking", "hold": None, "lacking": "no MTF"})
     place.mkdir(exist_ok=True)
-    (place / "bench.json").write_text(json.dumps({"started": "", "kinds": kinds}))
+    (place / "bench.json").write_text(json.dumps({"started": "", "kinds": kinds, "pair": pair}))
     return place
 
 
@@ -128,6 +138,37 @@ def test_what_got_slower_is_told_from_a_busy_machine(tmp_path: Path) -> None:
     assert compare_runs(a, a).exit_code == 0
 
 
+def test_kernels_measured_in_turns_are_compared_round_by_round(tmp_path: Path) -> None:
+    """Rounds that differ by a factor of 50 do not hide 20 %, as they do without their pairs."""
+    alike = {"cr": 1.0, "msr": 1.0}
+    a = bench(tmp_path / "a", alike, pair="p", wild=50)
+    b = bench(tmp_path / "b", alike | {"msr": 1.2}, seed=2, pair="p", wild=50)
+    found = compare_runs(a, b)
+    by_kind = {one.kind: one for one in found.speeds}
+    assert set(by_kind) == {"exit", "cr", "msr"}  # the plain exit, too
+    assert [kind for kind, one in by_kind.items() if one.slower] == ["msr"]
+    assert by_kind["msr"].factor == pytest.approx(1.2, rel=0.05)
+    assert found.exit_code == 1
+    lines = list(tell(found))
+    assert lines[0] == "time that an event holds a vCPU, both kernels measured in turns:"
+    assert lines[1] == "  The CPU is emulated: nothing here was seen on hardware."
+    c = bench(tmp_path / "c", alike | {"msr": 1.2}, seed=2, pair="q", wild=50)
+    other = compare_runs(a, c)
+    assert not other.measured.in_turns
+    assert "inv bench.compare" in list(tell(other))[1]
+
+
+def test_paired_test() -> None:
+    assert paired_test([0.0] * 12) == 1.0
+    assert paired_test([0.1, 0.2, 0.3]) == 0.25  # two of eight ways to give signs
+    assert paired_test([0.01] * 12) == 2 / 2**12
+    assert paired_test([0.01] * 11 + [-5.0]) > 0.01
+    assert paired_test([0.01] * 40) < 0.001  # too many ways to try them all
+    chance = random.Random(5)
+    noise = [paired_test([chance.gauss(0, 1) for _ in range(12)]) for _ in range(40)]
+    assert sum(p < 0.05 for p in noise) <= 6
+
+
 def test_a_difference_that_nobody_would_notice_is_none(tmp_path: Path) -> None:
     a = bench(tmp_path / "a", {"cr": 1.0})
     data = json.loads((a / "bench.json").read_text())
@@ -139,7 +180,7 @@ def test_a_difference_that_nobody_would_notice_is_none(tmp_path: Path) -> None:
     (b / "bench.json").write_text(json.dumps(data))
     data["kinds"][1]["hold"]["rounds_ns"] = data["kinds"][0]["hold"]["rounds_ns"]
     (a / "bench.json").write_text(json.dumps(data))
-    (one,) = speeds_of(a, b)
+    (one,) = speeds_of(a, b).kinds
     assert one.p < 0.01
     assert one.factor == pytest.approx(1.03)
     assert not one.slower
@@ -152,7 +193,7 @@ def test_figures_that_cannot_tell_anything_say_so(tmp_path: Path) -> None:
         for kind in data["kinds"][:2]:
             kind["hold"]["rounds_ns"] = kind["hold"]["rounds_ns"][:3]
         (run / "bench.json").write_text(json.dumps(data))
-    (one,) = speeds_of(a, b)
+    (one,) = speeds_of(a, b).kinds
     assert not one.slower
     assert str(one).endswith("too few rounds to tell")
     (b / "bench.json").write_text(json.dumps(data | {"machine": {"target": "bochs"}}))
