@@ -156,8 +156,13 @@ def _failures(view: RunView) -> Iterator[str]:
         if not tests:
             continue
         yield title
+        alike: dict[tuple[str, ...], list[TestView]] = {}
         for test in tests:
-            yield from _failure(view, test)
+            alike.setdefault(
+                (test.verdict, test.target, *test.blamed, test.first.reason), []
+            ).append(test)
+        for first, *others in alike.values():
+            yield from _failure(view, first, others=len(others))
         yield ""
     skipped: dict[str, list[str]] = {}
     for name, result in view.results.items():
@@ -174,9 +179,13 @@ def _failures(view: RunView) -> Iterator[str]:
         yield ""
 
 
-def _failure(view: RunView, test: TestView) -> Iterator[str]:
+def _failure(view: RunView, test: TestView, *, others: int) -> Iterator[str]:
+    """A test that failed. :param others: how many more failed in the same way."""
     verdict = test.first
-    yield f"  {test.verdict} {' '.join(test.blamed) or test.name}: {_one(verdict.reason)}"
+    where = f" on {test.target}" if len(view.targets) > 1 else ""
+    more = f" ({others + 1} tests)" if others else ""
+    what = " ".join(test.blamed) or test.name
+    yield f"  {test.verdict} {what}{where}: {_one(verdict.reason)}{more}"
     for clause in test.blamed:
         if clause in view.known:
             yield f"    tracked: {view.known[clause].tracked}"
