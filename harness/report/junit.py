@@ -43,7 +43,8 @@ def write_junit(view: RunView, path: Path) -> None:
     # A test of several clauses took its time once.
     suite.set("time", f"{sum(test.first.duration_s for test in view.tests):.3f}")
     root = ElementTree.Element("testsuites", name="kvmi-conformance")
-    for name in totals.keys() | {"time"}:
+    # Schemas of JUnit files, such as Jenkins', know no number of skipped tests here.
+    for name in ("tests", "failures", "errors", "time"):
         root.set(name, suite.get(name, ""))
     root.append(suite)
     tree = ElementTree.ElementTree(root)
