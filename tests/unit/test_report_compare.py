@@ -9,17 +9,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from junitparser import JUnitXml
 from test_report_documents import verdict
 from test_report_formats import KERNEL, METAL, evidence, make_run
 
+from harness.counters import create
 from harness.errors import UsageError
 from harness.plugin.shard import in_part, part_of
 from harness.report import render
 from harness.report.compare import Change, compare_runs, tell
 from harness.report.merge import merge
-from harness.report.model import Outcome
+from harness.report.model import MachineRecord, Outcome
 from harness.report.speed import paired_test, permutation_test, speeds_of
 from harness.report.store import load_run
+from harness.report.tallies import tallies_of
 from harness.report.view import view_of
 
 # -- clauses ------------------------------------------------------------------------------------
@@ -266,6 +269,34 @@ def test_parts_become_one_run(tmp_path: Path) -> None:
     assert view.run.end is not None
     assert view.run.end.reason == ""
     assert "WARNING: CPU: 0 at kvmi.c:42" in (place / "mail.txt").read_text()
+
+
+def test_a_test_that_failed_on_two_targets_is_told_twice(tmp_path: Path) -> None:
+    """Each with its evidence, its own command to run it again, and a name of its own."""
+    runs = []
+    for target in ("tcg", "bochs"):
+        place = tmp_path / target
+        bad = verdict("HOOK-ABI", "FAIL", target=target, evidence=evidence(place))
+        machine = MachineRecord(target=target, virtualisation=f"emulated by {target}")
+        command = f"inv conform --target {target} --flavour debug"
+        runs.append(make_run(place, bad, target=target, machine=machine, rerun=command))
+        with create(place / "counters", slots=1) as counters:
+            counters.slot(0).command(8)
+    place = merge(runs, reports=tmp_path / "reports")
+    view = render(place)
+    assert [test.target for test in view.bad_tests] == ["tcg", "bochs"]
+    assert view.groups[0].rows[0].by_target == {"tcg": Outcome.FAIL, "bochs": Outcome.FAIL}
+    assert view.facts.machine is not None
+    assert view.facts.machine.virtualisation == "emulated by tcg, emulated by bochs"
+    page = (place / "report.html").read_text()
+    again = "inv conform --flavour debug --target {} --select tests/conformance/test_x.py"
+    for target in ("tcg", "bochs"):
+        assert again.format(target) in page
+        assert again.format(target) in (place / "ktap.txt").read_text()
+        assert f"FAIL HOOK-ABI on {target}: why FAIL" in (place / "mail.txt").read_text()
+    cases = {case.name for suite in JUnitXml.fromfile(str(place / "junit.xml")) for case in suite}
+    assert cases == {f"HOOK-ABI (test_hook-abi) on {target}" for target in ("tcg", "bochs")}
+    assert [tally.commands for tally in tallies_of(place)] == [1, 1]
 
 
 def test_a_part_that_is_missing_does_not_look_good(tmp_path: Path) -> None:
