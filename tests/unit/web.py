@@ -21,6 +21,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.remote_connection import RemoteConnection
 from selenium.webdriver.remote.webelement import WebElement
 
 from harness.build.packages import BROWSER_PACKAGES, apt_line, missing_packages
@@ -115,6 +116,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # its sandbox refuses root
     driver = WebDriver(options=options, service=_Driver(bound_to_us(["chromedriver"])[0]))
+    assert isinstance(driver.command_executor, RemoteConnection)
+    driver.command_executor.client_config.timeout = 250  # a busy machine prints slowly
     try:
         driver.execute_cdp_cmd("Performance.enable", {})
         yield Browser(driver)
