@@ -21,7 +21,7 @@ from harness.report.model import MachineRecord, Outcome, count
 from harness.report.store import load_run, write_atomically
 from harness.series.history import Judged, breaks, holds_since
 
-__all__ = ["FILE_NAME", "write_page"]
+__all__ = ["FILE_NAME", "render_page", "write_page"]
 
 FILE_NAME = "patches.html"
 
@@ -173,8 +173,10 @@ def _machine(judged: Sequence[Judged]) -> MachineRecord | None:
 
 def _groups(judged: Sequence[Judged], broken: Mapping[int, list[str]]) -> list[Group]:
     """All groups of which a clause was tested, in the interface's order."""
-    seen = {clause for one in judged for clause in one.verdicts}
-    tested = [clause for clause in load_clauses().values() if clause.id in seen]
+    seen = dict.fromkeys(clause for one in judged for clause in one.verdicts)
+    known = load_clauses()
+    tested = [clause for clause in known.values() if clause.id in seen]
+    tested += [_foreign(name) for name in seen if name not in known]
     found = []
     for title, members in itertools.groupby(tested, lambda clause: clause.group):
         rows = [_clause(clause, judged) for clause in members]
@@ -189,6 +191,13 @@ def _groups(judged: Sequence[Judged], broken: Mapping[int, list[str]]) -> list[G
             )
         found.append(Group(title, rows, cells))
     return found
+
+
+def _foreign(name: str) -> Clause:
+    """A stand-in for a clause that is told elsewhere, such as that of another version."""
+    return Clause(
+        id=name, group="Other clauses", basis="test", text="", documents=(), side="kernel"
+    )
 
 
 def _clause(clause: Clause, judged: Sequence[Judged]) -> ClauseRow:

@@ -21,6 +21,7 @@ from harness.report.model import Outcome
 from harness.series.ahead import building_ahead
 from harness.series.check import Check, check
 from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.series.page import render_page
 from harness.settings import Settings, load_settings
 
 OWN = paths.KERNEL_CONFIG / "linux"
@@ -56,6 +57,18 @@ def test_the_table_has_patches_down_and_clauses_across() -> None:
         ["1", "0001.patch", "", "FAIL", ""],
         ["2", "0002.patch", "", "PASS", "PASS"],
     ]
+
+
+def test_the_page_leaves_out_no_clause(settings: Settings, tmp_path: Path) -> None:
+    """Those of another version of the interface are in it, too, and text is only text."""
+    history = [judged(1, **{"HOOK-OK": P, "OF-ANOTHER-VERSION": F}), judged(2)]
+    history[1] = msgspec.structs.replace(history[1], boots="<b>panic</b>")
+    page = render_page(load_series(settings.kernel_series), history, tmp_path)
+    assert 'id="c-HOOK-OK"' in page
+    assert 'id="c-OF-ANOTHER-VERSION"' in page
+    assert "Patch 2 does not boot" in page
+    assert "does not boot: &lt;b&gt;panic" in page
+    assert "2 of 3 patches" in page
 
 
 @pytest.mark.parametrize("last", [1, 2, 7, 30, 77])
