@@ -504,7 +504,8 @@ def bench_events(
     from harness.bench import bench_events as run
 
     given = dict(locals())
-    return run(_ready(**_settings_in(given)), _bench_options(given))
+    options = _bench_options(given)
+    return run(_ready(**_settings_in(given)), options)
 
 
 @_task("compare")
@@ -528,10 +529,11 @@ def bench_compare(
     from harness.bench import kernel_named
 
     given = dict(locals())
+    options = _bench_options(given)
     one, other = (
         _ready(**_settings_in(given), **kernel_named(kernel)) for kernel in (before, after)
     )
-    return run(one, other, _bench_options(given))
+    return run(one, other, options)
 
 
 @_task()
