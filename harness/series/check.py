@@ -54,6 +54,7 @@ SUITE = "tests/conformance"
 
 _UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
 _JOURNAL = "judged.jsonl"
+_TABLE = "clauses.csv"
 _WIDTH = 160
 
 
@@ -89,6 +90,7 @@ def _each(one: Check) -> Iterator[Judged]:
         note(f"{number}/{total} {judged.patch}: {_outcome(judged)}")
         so_far.append(judged)
         write_page(one.series, so_far, one.place / PAGE)
+        (one.place / _TABLE).write_text(to_csv(so_far))
         yield judged
         if judged.applies:
             note("the patches after it are not looked at: they are made for it")
@@ -300,8 +302,7 @@ def _tell(one: Check, judged: list[Judged]) -> int:
     for number, clauses in broken.items():
         name = one.series.patches[number - 1].name
         console.print(f"{number} {name} breaks {', '.join(clauses)}", soft_wrap=True)
-    (one.place / "clauses.csv").write_text(to_csv(judged))
-    console.print(f"Patches and clauses: {one.place / 'clauses.csv'}", soft_wrap=True)
+    console.print(f"Patches and clauses: {one.place / _TABLE}", soft_wrap=True)
     console.print(f"Report: {one.place / PAGE}", soft_wrap=True)
     if any(row.applies or row.builds for row in judged):
         return BuildError.exit_code

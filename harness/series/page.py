@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from harness.abi import Clause, load_clauses
 from harness.build.series import Series
@@ -128,7 +129,7 @@ def render_page(series: Series, judged: Sequence[Judged], place: Path) -> str:
     return template.render(
         series=series,
         headline=_headline(series, judged, broken, since),
-        good=not broken and not any(one.problem for one in judged),
+        state=_state(series, judged, broken),
         rows=rows,
         groups=groups,
         at_end={row.outcome for group in groups for row in group.rows},
@@ -152,8 +153,23 @@ def _headline(
         more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
         text = ", ".join(bad[:3]) + more
         return text[0].upper() + text[1:]
-    of = "" if len(judged) == len(series.patches) else f" of {len(series.patches)}"
-    return f"All {len(judged)}{of} patches are fine; {len(since)} clauses hold at the end"
+    if len(judged) < len(series.patches):
+        return f"{len(judged)} of {len(series.patches)} patches looked at, none breaks a clause"
+    tested = {clause for one in judged for clause in one.verdicts}
+    return f"No patch breaks a clause; {len(since)} of {len(tested)} hold at the end"
+
+
+def _state(
+    series: Series, judged: Sequence[Judged], broken: Mapping[int, list[str]]
+) -> Literal["pass", "fail", ""]:
+    """What can be said of the whole series: nothing before all of it was looked at."""
+    at_end = judged[-1].verdicts.values() if judged else ()
+    complete = len(judged) == len(series.patches)
+    if broken or any(one.problem for one in judged):
+        return "fail"
+    if complete and any(outcome.bad for outcome in at_end):
+        return "fail"
+    return "pass" if complete else ""
 
 
 def _report(one: Judged, place: Path) -> str:

@@ -71,6 +71,22 @@ def test_the_page_leaves_out_no_clause(settings: Settings, tmp_path: Path) -> No
     assert "2 of 3 patches" in page
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "heading"),
+    [
+        ([F, P], '<h1 class="">2 of 3 patches looked at, none breaks a clause</h1>'),
+        ([F, P, P], '<h1 class="pass">No patch breaks a clause; 1 of 1 hold at the end</h1>'),
+        ([F, F, F], '<h1 class="fail">No patch breaks a clause; 0 of 1 hold at the end</h1>'),
+        ([P, F, P], '<h1 class="fail">Patch 2 breaks HOOK-OK</h1>'),
+    ],
+)
+def test_the_page_does_not_praise_what_was_not_seen(
+    settings: Settings, tmp_path: Path, outcomes: list[Outcome], heading: str
+) -> None:
+    history = [judged(number, **{"HOOK-OK": one}) for number, one in enumerate(outcomes, start=1)]
+    assert heading in render_page(load_series(settings.kernel_series), history, tmp_path)
+
+
 @pytest.mark.parametrize("last", [1, 2, 7, 30, 77])
 def test_the_first_change_is_found_with_few_steps(last: int) -> None:
     for change in range(1, last + 1):
