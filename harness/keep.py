@@ -258,14 +258,17 @@ class _Keeper:
 
     def _guest(self, host: Host, evidence: Path) -> QemuGuest | None:
         from harness.manager.introspection import Introspection
-        from harness.manager.qemu import QemuGuest
+        from harness.manager.qemu import QemuGuest, reconnects_in_s
 
         self._guest_wanted = False
         self._record.failure = ""
         introspection = None
         if self._introspect:
             self._record.tool_port = _free_port()
-            introspection = Introspection(address=host.tool_address(self._record.tool_port))
+            introspection = Introspection(
+                address=host.tool_address(self._record.tool_port),
+                reconnect_in_s=reconnects_in_s(host),
+            )
         guest = QemuGuest(
             host,
             name="kept",

@@ -134,6 +134,7 @@ def write_back(place: Path, directory: Path) -> list[str]:
             hint="commit it, or amend the patch that it belongs to",
             details=changed,
         )
+    directory = directory.absolute()  # git runs in the tree
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".refresh-") as scratch:
         _git(
             place, "format-patch", "-q", "--zero-commit", "--no-signature", "-N",

@@ -69,6 +69,8 @@ class Introspection:
     events: tuple[int, ...] = ()
     #: how long the chardev waits before it connects again; 0: never
     reconnect_ms: int = 300
+    #: QEMU before 9.2 knows this time in seconds only, as ``reconnect``; it is rounded up
+    reconnect_in_s: bool = False
 
     # -- command line --------------------------------------------------------------
 
@@ -88,7 +90,13 @@ class Introspection:
                 where = f"cid={cid},port={port}"
             case (host, port):
                 where = f"host={host},port={port}"
-        return f"socket,id={CHARDEV_ID},{where},reconnect-ms={self.reconnect_ms}"
+        name, value = self._reconnect()
+        return f"socket,id={CHARDEV_ID},{where},{name}={value}"
+
+    def _reconnect(self) -> tuple[str, int]:
+        if self.reconnect_in_s:
+            return "reconnect", -(-self.reconnect_ms // 1000)
+        return "reconnect-ms", self.reconnect_ms
 
     def secret_option(self) -> str:
         """The value of ``-object`` for the key.
@@ -129,17 +137,9 @@ class Introspection:
                 address = {"type": "vsock", "data": {"cid": str(cid), "port": str(port)}}
             case (host, port):
                 address = {"type": "inet", "data": {"host": host, "port": str(port)}}
-        return {
-            "id": CHARDEV_ID,
-            "backend": {
-                "type": "socket",
-                "data": {
-                    "addr": address,
-                    "server": False,
-                    "reconnect-ms": self.reconnect_ms,
-                },
-            },
-        }
+        reconnect, value = self._reconnect()
+        data = {"addr": address, "server": False, reconnect: value}
+        return {"id": CHARDEV_ID, "backend": {"type": "socket", "data": data}}
 
     def object_add(self) -> dict[str, Any]:
         """The arguments of ``object-add`` for the introspection object."""

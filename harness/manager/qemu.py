@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from harness.errors import ConformanceError, DeadlineError, HarnessError, InfraError, SilenceError
 from harness.hosts import Host
@@ -29,7 +30,7 @@ from harness.manager.introspection import Introspection
 from harness.manager.process import HostProgram
 from harness.manager.qmp import COMMAND_TIMEOUT_S, PendingAnswer, QmpLink
 
-__all__ = ["IDLE", "QemuGuest"]
+__all__ = ["IDLE", "QemuGuest", "reconnects_in_s"]
 
 # Below the host's directory of our files.
 QEMU = "qemu/bin/qemu-system-x86_64"
@@ -57,6 +58,18 @@ _MAKE_FIRMWARE = (
     "{{ head -c $((0xff00)) /dev/zero; printf %b '{code}'; head -c {rest} /dev/zero;"
     " printf %b '\\0351\\0015\\0377'; head -c 13 /dev/zero; }} >{directory}/firmware.bin"
 )
+
+
+#: What a look into a host's QEMU told.
+_reconnects_in_s: WeakKeyDictionary[Host, bool] = WeakKeyDictionary()
+
+
+def reconnects_in_s(host: Host) -> bool:
+    """True if the host's QEMU is older than 9.2 and knows reconnect times in seconds only."""
+    if host not in _reconnects_in_s:
+        look = host.run(f"grep -q reconnect-ms {host.files}/{QEMU}", check=False)
+        _reconnects_in_s[host] = look.returncode == 1
+    return _reconnects_in_s[host]
 
 
 class QemuGuest:

@@ -41,6 +41,8 @@ _V12 = struct.Struct("<I16sIq64sQ")
 _E820_HEAD = struct.Struct("<I16sB3sq64sB3s4s")
 _E820_ENTRY = struct.Struct("<QQII")
 _LARGEST = 64 * 1024
+_CPU_TYPE_AT = 20
+_CPU_TYPES = (1, 255)  # x86_64, unknown
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def parse_hello(raw: bytes) -> Hello:
         raise MalformedMessage(f"handshake: struct_size is {size}, the record has {len(raw)} bytes")
     if size == _OLD.size:
         return _hello(raw, *_OLD.unpack(raw)[1:], max_gpa=None)
-    if size == _V12.size:
+    # Without entries the form with a memory map has the size of v12's. The type of the CPU,
+    # where v12 has zeros, tells them apart; of 0 (i386) both say the same: no memory known.
+    if size == _V12.size and raw[_CPU_TYPE_AT] not in _CPU_TYPES:
         *fields, max_gpa = _V12.unpack(raw)
         return _hello(raw, *fields[1:], max_gpa=max_gpa)
     _, uuid, cpu_type, pad1, start_time, name, count, pad2, gap = _E820_HEAD.unpack_from(raw)
@@ -136,10 +140,8 @@ def _hello(
     if not end:
         raise MalformedMessage("handshake: name has no terminating zero", details=name.hex(" "))
     _zero("name after its terminating zero", int.from_bytes(rest, "little"))
-    try:
-        decoded = text.decode()
-    except UnicodeDecodeError:
-        raise MalformedMessage(f"handshake: name is no text: {text!r}") from None
+    # Some QEMUs cut a long name within a character.
+    decoded = text.decode(errors="replace")
     return Hello(len(raw), uuids.UUID(bytes=uuid), start_time, decoded, max_gpa, None, (), raw)
 
 

@@ -26,7 +26,7 @@ from harness.hosts.ssh import GuestShell
 from harness.manager.describe import describe_session
 from harness.manager.introspection import Introspection, ToolAddress
 from harness.manager.payloads import Payload
-from harness.manager.qemu import QemuGuest
+from harness.manager.qemu import QemuGuest, reconnects_in_s
 from harness.tool import (
     EventMessage,
     Hello,
@@ -150,6 +150,7 @@ class Tool:
     def introspection(self, **options: Any) -> Introspection:
         """The options of a guest that belongs to this tool."""
         options.setdefault("reconnect_ms", RECONNECT_MS)
+        options.setdefault("reconnect_in_s", reconnects_in_s(self._stage.host))
         return Introspection(address=self.address, key=self.key, **options)
 
     def connection(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:

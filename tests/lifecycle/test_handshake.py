@@ -63,9 +63,19 @@ def test_long_name_is_cut(stage: Stage) -> None:
     sock, hello = tool.hello()
     sock.close()
     assert hello.name == "n" * 63
-    assert "warning" in guest.program.wait_line("63 char").lower(), (
+    assert "warning" in guest.program.wait_line("63 bytes").lower(), (
         "the name was cut without a word"
     )
+
+
+@pytest.mark.clause("QEMU-HSK-OUT-LAYOUT")
+def test_long_name_is_cut_between_characters(stage: Stage) -> None:
+    """A character of several bytes that does not fit is left out, not cut: the name stays text."""
+    tool = stage.tool()
+    stage.idle(tool, name="n" * 62 + "\u00e9" * 9, label="idle")
+    sock, hello = tool.hello()
+    sock.close()
+    assert hello.name == "n" * 62
 
 
 @pytest.mark.clause("QEMU-HSK-MAXGPA")

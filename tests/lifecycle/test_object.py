@@ -72,7 +72,7 @@ def test_with_chardev_that_is_no_socket(stage: Stage) -> None:
         *("-chardev", f"null,id={CHARDEV_ID}"),
         *("-object", f"introspection,id={OBJECT_ID},chardev={CHARDEV_ID}"),
     )
-    refused_start(stage, None, extra=extra)
+    assert "socket" in refused_start(stage, None, extra=extra)
 
 
 @pytest.mark.clause("QEMU-OBJ-RECONNECT-REQ", "QEMU-OBJ-CMDLINE-EXIT")
@@ -117,10 +117,10 @@ def test_two_objects(stage: Stage) -> None:
     option = stage.tool("other").introspection().chardev_option()
     chardev = ("-chardev", option.replace(f"id={CHARDEV_ID}", "id=other"))
     second = ("-object", "introspection,id=second,chardev=other")
-    refused_start(stage, tool, extra=(*chardev, *second))
+    assert "already" in refused_start(stage, tool, extra=(*chardev, *second))
     guest = stage.idle(tool, extra=chardev)
     arguments = {"qom-type": "introspection", "id": "second", "chardev": "other"}
-    guest.link.refusal("object-add", arguments)
+    assert "already" in guest.link.refusal("object-add", arguments)
     tool.hook()
 
 
@@ -128,7 +128,7 @@ def test_two_objects(stage: Stage) -> None:
 def test_with_introspection_switched_off(stage: Stage) -> None:
     """Where the kernel answers 0 for the capability, the object is refused."""
     with introspection_off(stage):
-        refused_start(stage, stage.tool())
+        assert "introspection=1" in refused_start(stage, stage.tool())
 
 
 @pytest.mark.clause("QEMU-OBJ-KVM-REQ")
@@ -173,6 +173,32 @@ def test_deleted(stage: Stage) -> None:
         guest.qmp("cont")
         assert guest.status() == "running"
     assert tool.silent(), "QEMU connects although it has no introspection object any more"
+
+
+@pytest.mark.clause("QEMU-OBJ-NODELETE", "QEMU-OBJ-QMP-CREATE", "QEMU-STARTTIME-SAVED")
+def test_neither_made_nor_deleted_during_a_migration(stage: Stage) -> None:
+    """What is migrated stays as it was when the migration began."""
+    tool = stage.tool()
+    guest = stage.idle(None)
+    introspection = tool.introspection()
+    guest.qmp("chardev-add", **introspection.chardev_add())
+    guest.qmp("migrate-set-parameters", max_bandwidth=1)
+    guest.migrate("file:/run/kvmi-slow")
+    guest.wait_migration("active", timeout_s=5)
+    assert "migration" in guest.link.refusal("object-add", introspection.object_add())
+    guest.qmp("migrate_cancel")
+    guest.wait_migration("cancelled", timeout_s=10)
+
+    guest.link.execute("object-add", introspection.object_add())
+    _, session = tool.hook()
+    tool.close()
+    session.close()
+    guest.migrate("file:/run/kvmi-slow")
+    guest.wait_migration("active", timeout_s=10)
+    assert guest.refusal("object-del", id=OBJECT_ID)
+    guest.qmp("migrate_cancel")
+    guest.wait_migration("cancelled", timeout_s=10)
+    wait_until("the object can be deleted", lambda: delete(guest), timeout_s=5)
 
 
 def delete(guest: QemuGuest) -> bool:

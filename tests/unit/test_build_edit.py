@@ -50,6 +50,16 @@ def test_there_and_back_changes_nothing(tmp_path: Path, series: Path) -> None:
     assert after == before | {"0000-cover-letter.patch": b"words"}
 
 
+def test_the_series_may_be_named_from_here(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative directory is this process's, not one of the tree."""
+    open_tree(tmp_path / "again", load_series(series), unpack=_unpack, base="x", kind="qemu")
+    monkeypatch.chdir(tmp_path)
+    assert write_back(tmp_path / "again", Path(series.name)) == []
+    assert len(list(series.iterdir())) == 2
+
+
 def test_a_dropped_and_a_changed_commit_are_written(tmp_path: Path, series: Path) -> None:
     open_tree(tmp_path / "again", load_series(series), unpack=_unpack, base="x", kind="qemu")
     _git(tmp_path / "again", "reset", "-q", "--hard", "HEAD~1")

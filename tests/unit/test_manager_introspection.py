@@ -48,6 +48,16 @@ def test_everything() -> None:
     assert backend["server"] is False
 
 
+def test_reconnect_time_of_an_old_qemu() -> None:
+    """Whole seconds, rounded up; none stays none."""
+    for ms, seconds in ((0, 0), (300, 1), (1000, 1), (1001, 2)):
+        old = Introspection(address=("host", 9), reconnect_ms=ms, reconnect_in_s=True)
+        assert old.chardev_option().endswith(f",port=9,reconnect={seconds}")
+        data = old.chardev_add()["backend"]["data"]
+        assert data["reconnect"] == seconds
+        assert "reconnect-ms" not in data
+
+
 def test_addresses() -> None:
     """A tool is reached by TCP, by a UNIX socket or by vsock, in both forms."""
     for address, option, kind, data in (
