@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -55,7 +55,20 @@ from harness.settings import load_settings
 if TYPE_CHECKING:
     from harness.settings import Settings
 
-__all__ = ["conform", "report", "run_suite", "selection"]
+__all__ = [
+    "INTERRUPTED",
+    "account",
+    "conform",
+    "death_of",
+    "kernel_patches",
+    "report",
+    "rerun_of",
+    "run_pytest",
+    "run_suite",
+    "selection",
+    "system_here",
+    "tell",
+]
 
 SUITES = ("tests/conformance", "tests/lifecycle")
 
@@ -140,7 +153,7 @@ def prepare_run(
     if settings.known:
         load_known(settings.known)  # a wrong list is told before the work, not after it
     run_dir = new_run_dir(settings.reports)
-    rerun = _rerun(settings, task) + options
+    rerun = rerun_of(settings, task) + options
     settings, choice = settled(settings)
     note(f"Target {choice.target}: {choice.reason}")
     _prepare(
@@ -163,12 +176,12 @@ def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -
     :param root: where the tests are, with the ``pyproject.toml`` that configures pytest.
     :returns: the exit code, as of :func:`conform`.
     """
-    code, reason = _run_pytest(run_dir, arguments, root)
+    code, reason = run_pytest(run_dir, arguments, root)
     if shutil.disk_usage(run_dir).free < FULL_BYTES:
         reason = f"no space left on the disk of {run_dir}"
         print(f"error: {reason}; the verdicts so far are kept", file=sys.stderr)
-    _account(run_dir, reason or _death(code))
-    return _tell(run_dir, code, arguments)
+    account(run_dir, reason or death_of(code))
+    return tell(run_dir, code, arguments)
 
 
 def report(
@@ -277,14 +290,14 @@ def _prepare(
         rerun=rerun,
         harness=__version__,
         python=platform.python_version(),
-        system=_system(),
+        system=system_here(),
         controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
         kernel={
             # Of the hosts; one that we did not boot may have another.
             "release": machine.kernel_release,
             "series": machine.kernel_series,
             "key": kernel.key,
-            **_kernel_patches(settings, machine.kernel_series),
+            **kernel_patches(settings, machine.kernel_series),
         },
         qemu={
             "version": qemu.version,
@@ -312,7 +325,7 @@ def _prepare(
         ) from error
 
 
-def _kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
+def kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
     """What is to be said of the kernel's series, if that is what the hosts run."""
     if settings.kernel:
         return {}
@@ -322,13 +335,13 @@ def _kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
     return found if series.id == under_test else {}
 
 
-def _system() -> str:
+def system_here() -> str:
     with contextlib.suppress(OSError):
         return platform.freedesktop_os_release().get("PRETTY_NAME", "")
     return platform.platform()
 
 
-def _rerun(settings: Settings, task: str) -> str:
+def rerun_of(settings: Settings, task: str) -> str:
     """The command that starts such a run again; ``--select`` can be added to it."""
     command = f"inv {task}"
     if task == "conform" and "TOX_ENV_NAME" in os.environ:
@@ -344,21 +357,31 @@ def _rerun(settings: Settings, task: str) -> str:
 # -- running it ---------------------------------------------------------------------------------
 
 
-def _run_pytest(run_dir: Path, arguments: list[str], root: Path) -> tuple[int, str]:
-    """Run pytest under watch; gives its exit status, and why it was ended if it was."""
-    argv = [
-        sys.executable,
-        "-m",
-        "pytest",
+def run_pytest(
+    run_dir: Path, arguments: list[str], root: Path, *, ours: Sequence[str] = ()
+) -> tuple[int, str]:
+    """Run pytest under watch; gives its exit status, and why it was ended if it was.
+
+    :param ours: further options, for workers on other machines: these are told the command
+        line, so that it has none of our paths then.
+    """
+    own = [
         # What this run is, wherever it is started from.
         f"--rootdir={root}",
         f"--config-file={root / 'pyproject.toml'}",
         f"--kvmi-run={run_dir}",
-        # Nothing of a run stays in the repository.
-        "-pno:cacheprovider",
         # Tests take from a tenth of a second to a minute: hand them out one by one.
         "--dist=load",
         "--maxschedchunk=1",
+        *ours,
+    ]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *([] if ours else own),
+        # Nothing of a run stays in the repository.
+        "-pno:cacheprovider",
         "--color=no",
         *arguments,
     ]
@@ -367,10 +390,13 @@ def _run_pytest(run_dir: Path, arguments: list[str], root: Path) -> tuple[int, s
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    if ours:
+        environment["PYTEST_ADDOPTS"] = shlex.join(own)
     with adopted_orphans(), _signals_as_interrupts(), (run_dir / "pytest.log").open("ab") as log:
         process = subprocess.Popen(
             argv,
-            cwd=root,
+            # pytest-xdist refuses to name files to other machines that it finds here.
+            cwd=run_dir if ours else root,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -438,20 +464,26 @@ def _signals_as_interrupts() -> Iterator[None]:
 # -- what came of it ----------------------------------------------------------------------------
 
 
-def _death(code: int) -> str:
+def death_of(code: int) -> str:
     """What pytest died of, if it did."""
     if code < 0:
         return f"pytest was killed by {signal.Signals(-code).name}"
     return ""
 
 
-def _account(run_dir: Path, reason: str) -> None:
-    """See to it that the run has an end, and a verdict on all that was collected."""
+def account(run_dir: Path, reason: str, *, machines: Mapping[str, str] | None = None) -> None:
+    """See to it that the run has an end, and a verdict on all that was collected.
+
+    :param reason: why it ended early, if it is known.
+    :param machines: of a fleet that were lost, each with how; a run without such a machine
+        that owes nothing came to its end.
+    """
     run = load_run(run_dir)
     if run.end is not None:
         return
-    reason = reason or "pytest ended before the run did; see pytest.log"
-    lost = missing(run.plan, run.verdicts, reason=reason)
+    if machines is None:
+        reason = reason or "pytest ended before the run did; see pytest.log"
+    lost = missing(run.plan, run.verdicts, reason=reason or "no machine was left to run it")
     started = run_dir.stat().st_ctime  # only for the duration; the start itself is in the facts
     with contextlib.suppress(OSError), VerdictFile(run_dir) as file:
         for verdict in lost:
@@ -462,11 +494,12 @@ def _account(run_dir: Path, reason: str) -> None:
                 duration_s=round(max(0.0, time.time() - started), 3),
                 exit_code=exit_code([*run.verdicts, *lost]),
                 reason=reason,
+                lost=dict(machines or {}),
             )
         )
 
 
-def _tell(run_dir: Path, code: int, arguments: list[str]) -> int:
+def tell(run_dir: Path, code: int, arguments: list[str]) -> int:
     """Make the documents, print the summary, and settle the exit code."""
     log = run_dir / "pytest.log"
     rendered = True

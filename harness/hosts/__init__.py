@@ -38,12 +38,14 @@ def target_for(settings: Settings) -> Target:
     """
     from harness.hosts.bochs import BochsTarget
     from harness.hosts.choice import choose
+    from harness.hosts.here import HereTarget
     from harness.hosts.kvm import KvmTarget
     from harness.hosts.remote import SshTarget
     from harness.hosts.tcg import TcgTarget
 
     targets: dict[str, Callable[[Settings], Target]] = {
         "bochs": BochsTarget,
+        "here": HereTarget,
         "kvm": KvmTarget,
         "tcg": TcgTarget,
         "ssh": SshTarget,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from harness.build.kernel import KernelBuild
     from harness.settings import Settings
 
-__all__ = ["RemoteMachine", "SshTarget"]
+__all__ = ["Control", "RemoteMachine", "SshTarget", "hold"]
 
 _STEP_S = 15.0
 _ANSWER_TIMEOUT_S = 60.0
@@ -90,8 +90,25 @@ def _python(program: str) -> str:
     return f"exec python3 -c {shlex.quote(program)}"
 
 
-class _Control(Shell):
-    """Our own commands on the machine, apart from those of tests."""
+def hold(control: Control) -> RemoteProcess:
+    """Keep other runs from a machine until the process that this gives, or ours, ends.
+
+    :raises UsageError: another run uses it.
+    """
+    holder = control.spawn(_python(_HOLD))
+    answer = holder.stdout.readline(timeout_s=_ANSWER_TIMEOUT_S).strip()
+    if answer != b"held":
+        holder.close()
+        raise UsageError(f"another run uses {control.what}", hint="wait until it has ended")
+    return holder
+
+
+class Control(Shell):
+    """Our own commands on the machine, apart from those of tests.
+
+    :raises UsageError: it does not let us in.
+    :raises DeadlineError: it does not answer in ``timeout_s``.
+    """
 
     def __init__(self, address: Address, *, timeout_s: float) -> None:
         super().__init__(f"machine {address.text}")
@@ -119,7 +136,7 @@ class _Control(Shell):
 class RemoteMachine:
     """The machine while it is a host's; see :class:`harness.hosts.host.Machine`."""
 
-    def __init__(self, address: Address, control: _Control) -> None:
+    def __init__(self, address: Address, control: Control) -> None:
         self.address = address
         self.control = control
         self.log: KernelLog | None = None
@@ -147,7 +164,7 @@ class RemoteMachine:
             return ""
         # A machine that restarts comes back; only its boot id tells that it did.
         try:
-            with contextlib.closing(_Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
+            with contextlib.closing(Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
                 self._restarted = control.boot_id() != self._boot_id
         except HarnessError as error:
             return f"the machine {self.address.text} does not answer: {error.message}"
@@ -187,7 +204,7 @@ class RemoteMachine:
         self.control.close()
 
 
-def clean(control: _Control) -> None:
+def clean(control: Control) -> None:
     """End what earlier hosts left behind on the machine.
 
     :raises InfraError: some of it does not end: the kernel holds it.
@@ -207,6 +224,7 @@ class SshTarget:
     boots = False
     processors: Sequence[str] = ()
     patience = 1.0
+    machine_type = RemoteMachine
 
     def __init__(self, settings: Settings) -> None:
         if not settings.ssh_host:
@@ -221,7 +239,7 @@ class SshTarget:
         self._facts: MachineFacts | None = None
         self._files = ""
         self._holder: RemoteProcess | None = None
-        self._held: _Control | None = None
+        self._held: Control | None = None
 
     @contextlib.contextmanager
     def shell(self) -> Iterator[Shell]:
@@ -230,7 +248,7 @@ class SshTarget:
         :raises UsageError: it does not let us in.
         :raises DeadlineError: it does not answer.
         """
-        with contextlib.closing(_Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
+        with contextlib.closing(Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)) as control:
             yield control
 
     def prepare(self, kernel: KernelBuild, images: Images) -> None:
@@ -308,13 +326,13 @@ class SshTarget:
             raise UsageError("target ssh cannot boot a machine in another way than usual")
         evidence.mkdir(parents=True, exist_ok=True)
         # It may be restarting, if a test before this one brought it down.
-        control = _Control(self.address, timeout_s=_RETURN_TIMEOUT_S)
+        control = Control(self.address, timeout_s=_RETURN_TIMEOUT_S)
         try:
             self._hold()
             clean(control)
             self._copy(control)  # once more, should a restart have cost it its files
             self._remove_others(control)
-            machine = RemoteMachine(self.address, control)
+            machine = self.machine_type(self.address, control)
         except BaseException:
             control.close()
             raise
@@ -344,12 +362,10 @@ class SshTarget:
         """Keep other runs from the machine until this process ends."""
         if self._held is not None and self._held.connection.is_active():
             return
-        self._held = _Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)
-        self._holder = self._held.spawn(_python(_HOLD))
-        answer = self._holder.stdout.readline(timeout_s=_ANSWER_TIMEOUT_S).strip()
-        if answer != b"held":
-            self._held.close()
-            self._held = None
-            raise UsageError(
-                f"another run uses {self.address.text}", hint="wait until it has ended"
-            )
+        held = Control(self.address, timeout_s=_ANSWER_TIMEOUT_S)
+        try:
+            self._holder = hold(held)
+        except BaseException:
+            held.close()
+            raise
+        self._held = held

@@ -59,3 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(controller.Controller(session), "kvmi-controller")
         if config.pluginmanager.hasplugin("xdist"):
             config.pluginmanager.register(controller.Nodes(session), "kvmi-nodes")
+        if session.in_fleet:
+            from harness.fleet.session import Fleet
+
+            config.pluginmanager.register(Fleet(session), "kvmi-fleet")

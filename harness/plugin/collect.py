@@ -156,6 +156,7 @@ class Collect:
                 clauses=list(facts.clauses),
                 description=facts.description,
                 lifecycle=facts.lifecycle,
+                needs=sorted({w for mark in item.iter_markers("needs") for w in mark.args}),
             )
             for item in session.items
             if (facts := facts_of(item))

@@ -22,6 +22,7 @@ from harness.errors import HarnessError
 from harness.plugin.collect import USAGE
 from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
+from harness.plugin.parcel import unpack
 from harness.plugin.processes import die_with_parent, parent_of
 from harness.report.model import (
     End,
@@ -133,6 +134,9 @@ class Controller:
             return
         phases = self._running.setdefault(report.nodeid, _Phases())
         phases.reports.append((report.when, data))
+        if files := data.pop("files", None):
+            with contextlib.suppress(OSError):  # a full disk costs evidence, but no verdict
+                unpack(self._session.run_dir, files)
         if report.when == "teardown":
             del self._running[report.nodeid]
             self._complete(report.nodeid, phases)
@@ -228,6 +232,11 @@ class Controller:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         plan = read_plan(self._session.run_dir) if self._session.run_dir.is_dir() else []
         if not plan and self._file is None:
+            return
+        if self._session.in_fleet:
+            # Another round may do what is left; whoever began them ends the run.
+            if self._file is not None:
+                self._file.close()
             return
         # Where the disk is full, whoever reads the run finds out what it owes from the plan.
         with contextlib.suppress(OSError):
@@ -333,7 +342,10 @@ class Nodes:
         taken = set(self._slots.values())
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
         self._slots[node.gateway.id] = slot
-        node.workerinput["kvmi_run_dir"] = str(self._session.run_dir)
+        # A worker on another machine has a directory of its own, and sends what it writes.
+        there: str | None = getattr(node.gateway.spec, "kvmi_run", None)
+        node.workerinput["kvmi_run_dir"] = there or str(self._session.run_dir)
+        node.workerinput["kvmi_away"] = there is not None
         node.workerinput["kvmi_slot"] = slot
         if node.gateway.spec.popen:
             node.workerinput["kvmi_controller_pid"] = os.getpid()

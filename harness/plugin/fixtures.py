@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from harness.errors import InfraError
 from harness.hosts.base import Boot
 from harness.plugin.options import Session
-from harness.plugin.worker import TestState, current
+from harness.plugin.worker import TestState, current, leave
 
 if TYPE_CHECKING:
     from harness.abi import Profile
@@ -85,7 +86,7 @@ def host(request: pytest.FixtureRequest, kvmi_pool: HostPool, settings: Settings
     Leave it as you found it. What the kernel complains about during the test, its set-up
     and its tear-down makes the test FAIL.
     """
-    yield from _lend(current(request.node), kvmi_pool, settings)
+    yield from _lend(request, kvmi_pool, settings)
 
 
 @pytest.fixture
@@ -110,18 +111,25 @@ def fresh_host(
         pytest.skip(f"target {target.name} has no processor {processor}")
     if boot and not target.boots:
         pytest.skip(f"a machine of target {target.name} is not booted with other kernel options")
-    yield from _lend(current(request.node), kvmi_pool, settings, boot=boot)
+    yield from _lend(request, kvmi_pool, settings, boot=boot)
 
 
 def _lend(
-    state: TestState,
+    request: pytest.FixtureRequest,
     pool: HostPool,
     settings: Settings,
     *,
     boot: Boot | None = None,
 ) -> Iterator[Host]:
     __tracebackhide__ = True
-    lease = pool.lend(test=state.test, fresh=boot is not None, boot=boot)
+    state = current(request.node)
+    try:
+        lease = pool.lend(test=state.test, fresh=boot is not None, boot=boot)
+    except InfraError as error:
+        if Session.of(request.config).away:
+            # It has this one host: the others can do its share, and this test.
+            leave(request.config, error)
+        raise
     state.leases.append(lease)
     yield lease.pooled.host
     try:

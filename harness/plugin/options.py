@@ -17,6 +17,7 @@ MARKERS = (
     "boot_without(option, ...): fresh_host is booted without these kernel options",
     "boot_with(option, ...): fresh_host is booted with these kernel options added",
     "processor(name): fresh_host has this processor, where the target can have it",
+    "needs(word, ...): what a machine of a fleet has to have to be given this test, such as vmx",
     "on_request: runs only where it is asked for by name (of the test or its file)",
     "lifecycle: a long sequence with a real guest; starts first, and its host stays under "
     "watch for a while after it",
@@ -48,6 +49,11 @@ def add_options(parser: pytest.Parser) -> None:
         "--kvmi-shard",
         metavar="I/N",
         help="run only the part I of N",
+    )
+    group.addoption(
+        "--kvmi-fleet",
+        action="store_true",
+        help="the run is one of many machines; see harness.fleet",
     )
     group.addoption(
         "--kvmi-repeat",
@@ -84,6 +90,16 @@ class Session:
     own: bool = False
     given_run_dir: bool = False
     worker_input: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def in_fleet(self) -> bool:
+        """Whether this is the controller of a run on many machines."""
+        return self.is_controller and bool(self.config.getoption("--kvmi-fleet"))
+
+    @property
+    def away(self) -> bool:
+        """Whether this is a worker on another machine than the controller's."""
+        return bool(self.worker_input.get("kvmi_away"))
 
     @classmethod
     def of(cls, config: pytest.Config) -> Session:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import types
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -27,6 +28,7 @@ from harness.plugin.classify import Judgement, classify
 from harness.plugin.collect import TestFacts, facts_of
 from harness.plugin.evidence import evidence_name, files_in
 from harness.plugin.options import Session
+from harness.plugin.parcel import Parcels
 from harness.plugin.processes import die_with_parent
 from harness.report.model import Outcome
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from harness.plugin.pool import Lease
     from harness.plugin.timeline import Timeline
 
-__all__ = ["TestState", "Worker", "current"]
+__all__ = ["TestState", "Worker", "current", "leave"]
 
 STUCK_GRACE_S = 60
 """How long past its limit a test may take to tear down before the worker is ended."""
@@ -118,6 +120,14 @@ def current(item: pytest.Item) -> TestState:
     return state
 
 
+def leave(config: pytest.Config, error: Exception) -> NoReturn:
+    """End this worker on another machine at once; its controller hears why."""
+    for plugin in config.pluginmanager.get_plugins():
+        if (channel := getattr(plugin, "channel", None)) is not None:
+            channel.close(str(error))
+    os._exit(1)
+
+
 class Worker:
     """The plugin's part in running tests."""
 
@@ -126,6 +136,7 @@ class Worker:
         self._beat: Beat | None = None
         self._stacks: Any = None
         self._target_patience: float | None = None
+        self._parcels = Parcels(session.run_dir) if session.away else None
 
     # -- life of the process
 
@@ -264,6 +275,8 @@ class Worker:
                     if number != state.counts.get(name, 0)
                 },
             }
+            if self._parcels is not None:
+                data["files"] = self._parcels.pack(data["evidence"].values())
         report.kvmi = data  # type: ignore[attr-defined]
         return report
 

@@ -186,21 +186,29 @@ class Verdict(
 class End(
     msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True, tag_field="kind", tag="end"
 ):
-    """The last line of a run that came to its end; ``reason`` if it ended early."""
+    """The last line of a run that came to its end; ``reason`` if it ended early.
+
+    ``lost`` names the machines of a fleet that were lost, each with how.
+    """
 
     finished: str
     duration_s: float
     exit_code: int
     reason: str = ""
+    lost: dict[str, str] = {}
 
 
 class Planned(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """One collected test: what a run owes a verdict on."""
+    """One collected test: what a run owes a verdict on.
+
+    ``needs`` are the words that a machine of a fleet has to have for it.
+    """
 
     test: str
     clauses: list[str] = []
     description: str = ""
     lifecycle: bool = False
+    needs: list[str] = []
 
 
 class ClauseResult(msgspec.Struct, kw_only=True, frozen=True):

@@ -225,7 +225,9 @@ def load_run(path: Path) -> Run:
         with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
             machine = msgspec.json.decode((run_dir / MACHINE).read_bytes(), type=MachineRecord)
             facts = msgspec.structs.replace(facts, machine=machine)
-    if not ends:
+    if ends:
+        notes += [f"machine {name} was lost: {how}" for name, how in ends[-1].lost.items()]
+    else:
         notes.append("the run did not come to its end (killed, or still running)")
     return Run(
         path=run_dir,

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pytest-xdist with machines that may be lost: a part of the controller.
+
+What is to be known of the machines is in a file of the run, written before pytest begins;
+what becomes of them is appended to another. A machine that is lost is not replaced: its share
+goes to the others, and when these are done the run goes on in another round (see
+:mod:`harness.fleet.run`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from harness.fleet.schedule import MachineScheduling
+from harness.plugin.options import Session
+from harness.report.model import Outcome
+from harness.report.store import load_run, read_plan
+
+__all__ = ["FLEET", "LOSSES", "Fleet", "Loss", "read_losses"]
+
+FLEET = "fleet.json"
+"""In the run's directory: the words of each worker's machine."""
+LOSSES = "losses.jsonl"
+
+
+class Loss(msgspec.Struct, kw_only=True, frozen=True):
+    """A worker that ended before its time."""
+
+    machine: str
+    test: str = ""
+    """What it ran then; empty if nothing."""
+    error: str = ""
+
+
+def read_losses(run_dir: Path) -> list[Loss]:
+    """All losses of a run, in order."""
+    try:
+        lines = (run_dir / LOSSES).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [msgspec.json.decode(line, type=Loss) for line in lines]
+
+
+class Fleet:
+    """The plugin's part in a run on many machines."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._scheduling: MachineScheduling | None = None
+        self._distribution: Any = None
+
+    def pytest_xdist_setupnodes(self, config: pytest.Config) -> None:
+        """Take over from pytest-xdist what it does with lost workers; copying is done."""
+        self._distribution = config.pluginmanager.getplugin("dsession")
+        self._distribution.nodemanager.roots = []
+        self._distribution.worker_errordown = self._lost
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_xdist_make_scheduler(self) -> MachineScheduling:
+        """Our own scheduler."""
+        run_dir = self._session.run_dir
+        told = msgspec.json.decode((run_dir / FLEET).read_bytes(), type=dict[str, frozenset[str]])
+        verdicts = load_run(run_dir).verdicts
+        self._scheduling = MachineScheduling(
+            told,
+            # The worker here writes the plan when it has collected.
+            lambda: {one.test: frozenset(one.needs) for one in read_plan(run_dir)},
+            frozenset(one.test for one in verdicts),
+        )
+        return self._scheduling
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Notice skipped tests."""
+        data = getattr(report, "kvmi", None)
+        node = getattr(report, "node", None)
+        if data and node and self._scheduling and data["outcome"] == Outcome.SKIP:
+            self._scheduling.skipped(node, report.nodeid)
+
+    def _lost(self, node: Any, error: object) -> None:
+        """In place of pytest-xdist's own, which would start another worker there."""
+        node.config.hook.pytest_testnodedown(node=node, error=error)
+        assert self._scheduling is not None
+        test = self._scheduling.remove_node(node)
+        loss = Loss(machine=node.gateway.id, test=test or "", error=str(error))
+        with (self._session.run_dir / LOSSES).open("ab") as file:
+            file.write(msgspec.json.encode(loss) + b"\n")
+        self._distribution.report_line(f"\n{loss.machine} is lost: {loss.error}")
+        self._distribution._active_nodes.discard(node)
+        if not self._distribution._active_nodes:
+            self._distribution.shuttingdown = True
