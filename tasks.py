@@ -54,11 +54,11 @@ def _told(function: Callable[..., int | None]) -> Callable[..., None]:
     return wrapper
 
 
-def _ready(**options: Any) -> Settings:
+def _ready(path: Path | None = None, **options: Any) -> Settings:
     """The settings, on a machine that has the packages: installed now if we may."""
     from harness.build.packages import ensure_packages, packages_for
 
-    settings = load_settings(**options)
+    settings = load_settings(path, **options)
     ensure_packages(settings.cache / "logs" / "packages.log", packages_for(settings))
     return with_series(settings)
 
@@ -99,6 +99,8 @@ _OPTIONS = {
     "bisect": "find the first patch that changes this clause, without trying all",
     "shard": "run only this part, such as 2/3; inv report.merge makes one run of all parts",
     "known": "TOML file of known failures",
+    "inventory": "TOML file of machines that the tests are spread over",
+    "config": "TOML file of what a night is told; see examples/nightly.toml",
     "formats": f"of {', '.join(FORMATS_OF_REPORTS)} (default: all)",
     "against": "directory of an earlier run, to say in the mail what became of its verdicts",
     "before": "directory of a run; of bench.compare: a series or a bzImage",
@@ -359,12 +361,26 @@ def conform(
     reports: str | None = None,
     shard: str | None = None,
     known: str | None = None,
+    inventory: str | None = None,
 ) -> int:
     """Hold kernel and QEMU to the suite: build, boot, run, report."""
     from harness.conform import conform as run
 
     settings = _ready(**_settings_in(locals()))
+    if inventory:
+        from harness.fleet.inventory import load_inventory
+        from harness.fleet.run import run_fleet
+
+        return run_fleet(settings, load_inventory(Path(inventory)), select=select)[0]
     return run(settings, select=select, repeat=repeat, shard=shard)
+
+
+@_task()
+def nightly(_context: Context, config: str) -> int:
+    """Build, run on the machines of an inventory, compare with the last night, tell."""
+    from harness.fleet.nightly import nightly as run
+
+    return run(Path(config), lambda path, reports: _ready(path, reports=reports))
 
 
 @_task("check")
@@ -565,6 +581,7 @@ def fuzz(
 namespace = Collection(
     doctor,
     conform,
+    nightly,
     mutants,
     fuzz,
     selftests,

@@ -23,6 +23,13 @@ MAGIC1, MAGIC2 = 0xFEE1DEAD, 672274793
 REBOOT_KEXEC = 0x45584543
 """include/uapi/linux/reboot.h: LINUX_REBOOT_CMD_KEXEC."""
 
+HINTS = {
+    1: " (no root, or the kernel is locked down)",
+    8: " (the kernel to be started needs CONFIG_RELOCATABLE: see kernel-config/kexec.config)",
+    38: " (the running kernel needs CONFIG_KEXEC_FILE)",
+}
+"""What is behind an error, by its number."""
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -30,8 +37,7 @@ def call(number: int, *arguments: object) -> None:
     """A system call; a failed one ends this program with its reason."""
     if libc.syscall(ctypes.c_long(number), *arguments) != 0:
         number = ctypes.get_errno()
-        hints = {38: " (the running kernel needs CONFIG_KEXEC_FILE)", 1: " (locked down?)"}
-        sys.exit(f"kexec: {os.strerror(number)}{hints.get(number, '')}")
+        sys.exit(f"kexec: {os.strerror(number)}{HINTS.get(number, '')}")
 
 
 def main(image: str, initrd: str, cmdline: str) -> None:

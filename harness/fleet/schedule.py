@@ -47,6 +47,7 @@ class MachineScheduling:
     :param words: what each worker's machine has, by the worker's name.
     :param needs: asked once, when all have collected: what a test needs, if it needs anything.
     :param done: tests that are not to run: they have a verdict already.
+    :param skipped: on which kinds of machine tests were skipped before.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MachineScheduling:
         words: Mapping[str, frozenset[str]],
         needs: Callable[[], Mapping[str, frozenset[str]]],
         done: frozenset[str] = frozenset(),
+        skipped: Mapping[str, set[frozenset[str]]] | None = None,
     ) -> None:
         self._words = words
         self._ask_needs = needs
@@ -63,7 +65,7 @@ class MachineScheduling:
         self._collections: dict[Worker, list[str]] = {}
         self._queues: dict[Worker, list[str]] = {}
         self._pending: list[str] | None = None
-        self._skipped: dict[str, set[frozenset[str]]] = {}
+        self._skipped = {test: set(kinds) for test, kinds in (skipped or {}).items()}
 
     # -- what pytest-xdist asks
 

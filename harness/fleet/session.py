@@ -9,22 +9,26 @@ goes to the others, and when these are done the run goes on in another round (se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from harness.fleet.schedule import MachineScheduling
+from harness.fleet.schedule import HERE, MachineScheduling
 from harness.plugin.options import Session
 from harness.report.model import Outcome
 from harness.report.store import load_run, read_plan
 
-__all__ = ["FLEET", "LOSSES", "Fleet", "Loss", "read_losses"]
+__all__ = ["FLEET", "LOSSES", "Fleet", "Loss", "read_losses", "settled_tests"]
 
 FLEET = "fleet.json"
 """In the run's directory: the words of each worker's machine."""
 LOSSES = "losses.jsonl"
+
+Words = Mapping[str, frozenset[str]]
+"""What the machine of each worker has."""
 
 
 class Loss(msgspec.Struct, kw_only=True, frozen=True):
@@ -43,6 +47,40 @@ def read_losses(run_dir: Path) -> list[Loss]:
     except FileNotFoundError:
         return []
     return [msgspec.json.decode(line, type=Loss) for line in lines]
+
+
+def skips_of(run_dir: Path, words: Words) -> dict[str, set[frozenset[str]]]:
+    """The tests of a run that were skipped wherever they ran, and on which kinds of machine."""
+    found: dict[str, set[frozenset[str]]] = {}
+    ran = set()
+    for verdict in load_run(run_dir).verdicts:
+        kinds = found.setdefault(verdict.test, set())
+        if verdict.worker in words:
+            kinds.add(words[verdict.worker])
+        if verdict.verdict is not Outcome.SKIP:
+            ran.add(verdict.test)
+    return {test: kinds for test, kinds in found.items() if test not in ran}
+
+
+def settled_tests(run_dir: Path, words: Words) -> frozenset[str]:
+    """The tests of a run that these machines have nothing to add to.
+
+    That is what has a verdict, but for tests that were skipped and have not been tried on a
+    machine of each kind.
+    """
+    skipped = skips_of(run_dir, words)
+    needs = {one.test: frozenset(one.needs) for one in read_plan(run_dir)}
+    kinds = {kind for name, kind in words.items() if name != HERE}
+
+    def open_to(test: str) -> bool:
+        wanted = needs.get(test, frozenset())
+        return any(wanted <= kind and kind not in skipped[test] for kind in kinds)
+
+    return frozenset(
+        verdict.test
+        for verdict in load_run(run_dir).verdicts
+        if verdict.test not in skipped or not skipped[verdict.test] or not open_to(verdict.test)
+    )
 
 
 class Fleet:
@@ -64,12 +102,13 @@ class Fleet:
         """Our own scheduler."""
         run_dir = self._session.run_dir
         told = msgspec.json.decode((run_dir / FLEET).read_bytes(), type=dict[str, frozenset[str]])
-        verdicts = load_run(run_dir).verdicts
+        skipped = skips_of(run_dir, told)
         self._scheduling = MachineScheduling(
             told,
             # The worker here writes the plan when it has collected.
             lambda: {one.test: frozenset(one.needs) for one in read_plan(run_dir)},
-            frozenset(one.test for one in verdicts),
+            settled_tests(run_dir, told),
+            skipped,
         )
         return self._scheduling
 

@@ -84,7 +84,7 @@ def _kexec(control: Control, machine: Machine, kernel: KernelBuild, word: str) -
     except InfraError as error:
         raise InfraError(
             f"machine {machine.name} does not start another kernel",
-            hint="it needs root, CONFIG_KEXEC_FILE, and no lockdown",
+            hint="the reason is what its kernel answered",
             details=error.details or error.message,
         ) from error
 

@@ -89,6 +89,7 @@ def test_parameter_is_off_by_default(
 
 
 @pytest.mark.clause("KCONFIG-DEFAULT-N")
+@pytest.mark.needs("source")
 @pytest.mark.timeout(900)  # another run may be compiling in the tree
 def test_option_is_off_by_default(settings: Settings, tmp_path: Path) -> None:
     """The kernel option is off unless asked for; without Intel or AMD KVM it is not there."""

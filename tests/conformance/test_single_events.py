@@ -156,6 +156,7 @@ def test_breakpoint_payload(lab: Lab, alias: bool, cpl: int) -> None:
 
 
 @pytest.mark.clause("EV-BP-PAYLOAD")
+@pytest.mark.needs("smap")
 def test_breakpoint_of_a_program(lab: Lab) -> None:
     """A program's breakpoint has its address also where the guest's kernel may not read it."""
     if "smap" not in lab.manager.read_file("/proc/cpuinfo").split():

@@ -21,6 +21,7 @@ from harness.settings import Settings
     "CAP-NUMBER", "HOOK-ABI", "UNHOOK-ABI", "IOCCMD-ABI", "IOCEVT-ABI", "PREUNHOOK-ABI", "MSG-HDR",
     "EVT-VM-ID", "EVT-VCPU-ID",
 )  # fmt: skip
+@pytest.mark.needs("source")
 @pytest.mark.timeout(900)  # another run may be compiling in the tree
 def test_headers(settings: Settings, profile: Profile, clauses: ClauseNotes) -> None:
     """linux/kvm.h and linux/kvmi.h have the numbers, sizes and offsets of the interface.

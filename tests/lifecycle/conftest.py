@@ -25,6 +25,14 @@ from harness.settings import Settings
 from .stage import Stage
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tell a fleet what the tests of this directory need."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.needs("qemu"))
+
+
 @pytest.fixture(autouse=True)
 def _guests(target: Target) -> None:
     """Skip the tests on targets whose hosts cannot run guests of this kind."""
