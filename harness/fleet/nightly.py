@@ -31,7 +31,7 @@ from harness.report.store import VERDICTS, write_atomically
 from harness.report.view import RunView
 from harness.settings import FILE_NAME, Settings
 
-__all__ = ["Night", "load_night", "nightly"]
+__all__ = ["Night", "forget", "load_night", "nightly", "summarize"]
 
 COMPARISON = "compare.txt"
 """In the run's directory: what differs from the night before."""
@@ -109,12 +109,12 @@ def nightly(path: Path, ready: Callable[[Path | None, Path], Settings]) -> int:
             _send(night, f"KVMI night: nothing ran: {error.message}", text, code=error.exit_code)
             raise
         try:
-            subject, text = _summary(run_dir, nights[-1] if nights else None)
+            subject, text = summarize(run_dir, nights[-1] if nights else None)
         except HarnessError as error:
             subject, text = "KVMI night: it cannot be compared", str(error)
             code = code or error.exit_code
         _send(night, subject, text, code=code, run_dir=run_dir)
-        _forget(reports, keep=night.keep)
+        forget(reports, keep=night.keep)
         return code
 
 
@@ -157,13 +157,13 @@ def _nights(reports: Path) -> list[Path]:
     return sorted(path.parent for path in reports.glob(f"*T*Z-*/{VERDICTS}"))
 
 
-def _forget(reports: Path, *, keep: int) -> None:
+def forget(reports: Path, *, keep: int) -> None:
     """Delete all but the newest nights."""
     for path in _nights(reports)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _summary(run_dir: Path, before: Path | None) -> tuple[str, str]:
+def summarize(run_dir: Path, before: Path | None) -> tuple[str, str]:
     """Subject and text of what is sent; kept in the run's directory, too."""
     view = render(run_dir, ("mail",), against=before)
     parts = [view.headline + ".", *view.run.notes]
