@@ -368,10 +368,10 @@ def conform(
 
     settings = _ready(**_settings_in(locals()))
     if inventory:
-        from harness.fleet.inventory import load_inventory
-        from harness.fleet.run import run_fleet
+        from harness.fleet.run import conform_fleet
 
-        return run_fleet(settings, load_inventory(Path(inventory)), select=select)[0]
+        place = Path(inventory)
+        return conform_fleet(settings, place, select=select, repeat=repeat, shard=shard)
     return run(settings, select=select, repeat=repeat, shard=shard)
 
 

@@ -12,6 +12,7 @@ guard       the program that a worker runs in, on a machine
 machine     one machine: prepared, watched, looked after when it is lost
 schedule    which machine runs which test
 session     pytest-xdist with machines that may be lost
+rounds      round after round until nothing is owed; lost machines are judged
 run         from inventory and builds to verdicts
 nightly     build, run, compare, keep, tell: once a night
 ==========  ==========================================================================

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -95,7 +96,7 @@ def nightly(path: Path, ready: Callable[[Path | None, Path], Settings]) -> int:
                     settings,
                     machines,
                     select=night.select or None,
-                    started_by=f"inv conform --inventory {night.inventory}",
+                    started_by=f"inv conform --inventory {shlex.quote(night.inventory)}",
                 )
         except KeyboardInterrupt:
             error: HarnessError = DeadlineError(

@@ -9,6 +9,7 @@ collect         the clause marker's ids, selection, order, the plan
 classify        from an exception to a verdict
 worker          hooks in the process that runs tests: phases, limits, leaks, evidence
 evidence        where a test's evidence lies
+parcel          evidence of workers on other machines
 pool            hosts: started, watched, replaced, given up
 fixtures        what tests ask for
 timeline        steps of a sequence, for the report
