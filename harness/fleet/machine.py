@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.build.progress import note, step
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, InfraError, UsageError
 from harness.fleet.runtime import PYTHON, REPOSITORY, RUN, python_here, version_of
 from harness.fleet.switch import PLACE, still_there, switch, wait_for_other_boot
 from harness.hosts.kernellog import KernelLog
@@ -30,6 +30,28 @@ __all__ = ["Fate", "FleetMachine", "words_of"]
 _ANSWER_TIMEOUT_S = 60.0
 _COPY_TIMEOUT_S = 600.0
 _ASK_PYTHON = "import json, sys; print(json.dumps(sys.version_info[:2]))"
+
+
+# A worker whose controller was killed takes some seconds to notice. Its guard ends it at once.
+_END_WORKERS = f"""\
+import os, signal, time
+def guards():
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if b"{PLACE}/run/guard.py" in open(f"/proc/{{pid}}/cmdline", "rb").read().split(b"\\0"):
+                yield int(pid)
+        except OSError:
+            pass
+end = time.monotonic() + 40
+while (left := list(guards())) and time.monotonic() < end:
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+    time.sleep(0.2)
+print(*left)
+"""
 
 
 class Fate(enum.StrEnum):
@@ -124,6 +146,14 @@ class FleetMachine:
                 f"machine {self.name} has Python {there}, and this is Python {python_here()}",
                 hint="name one of the same version there (python in the inventory), or use "
                 f"Python {there} here",
+            )
+        left = control.run(
+            f"{python} -c {shlex.quote(_END_WORKERS)}", timeout_s=_ANSWER_TIMEOUT_S
+        ).text
+        if left:
+            raise InfraError(
+                f"machine {self.name}: processes {left} of an earlier run do not end",
+                hint="its kernel holds them: restart the machine",
             )
         site = runtime.site_name
         # What an earlier run left goes, also one that was killed.

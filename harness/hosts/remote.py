@@ -345,7 +345,13 @@ class SshTarget:
                     hint="it went on, but cannot be trusted: restart the machine",
                 )
             host = Host(
-                machine, name=name, evidence=evidence, console=log, keys=keys, files=self._files
+                machine,
+                name=name,
+                evidence=evidence,
+                console=log,
+                keys=keys,
+                files=self._files,
+                patience=self.patience,
             )
         except BaseException:
             machine.close()
