@@ -26,6 +26,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["PYTHON", "REPOSITORY", "RUN", "Runtime", "build_site", "closure", "python_here"]
 
 _DISTRIBUTION = "kvmi-harness"
+_PACKING = threading.Lock()
 RUN = f"{PLACE}/run/run"
 REPOSITORY = f"{PLACE}/run/repository"
 PYTHON = f"{PLACE}/run/python"
@@ -173,7 +175,8 @@ class Runtime:
         :param vendor: of its processor, as facts have it.
         :param python: the command of its Python.
         """
-        with tempfile.TemporaryDirectory(prefix="kvmi-fleet-") as name:
+        # One at a time: a lock of the cache would be held by children that others start.
+        with _PACKING, tempfile.TemporaryDirectory(prefix="kvmi-fleet-") as name:
             place = Path(name)
             repository = place / "repository"
             for room in _ROOMS:

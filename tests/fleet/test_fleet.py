@@ -24,8 +24,10 @@ import pytest
 from harness.build.images import build_images
 from harness.build.kernel import build_kernel
 from harness.build.qemu import build_qemu
+from harness.fleet.inventory import load_inventory
 from harness.fleet.switch import PLACE
 from harness.hosts import Host
+from harness.hosts.remote import Control
 from harness.hosts.ssh import Keys
 from harness.hosts.tcg import TcgTarget
 from harness.paths import ROOT
@@ -70,19 +72,16 @@ class Fleet:
 
         _until(far, what, timeout_s=NIGHT_S)
 
+    def ask(self, name: str, command: str) -> str:
+        """What a shell command prints on a machine, by a connection of its own: a machine that
+        was started anew does not tell the old ones."""
+        (machine,) = (m for m in load_inventory(self.place / "inventory.toml") if m.name == name)
+        with contextlib.closing(Control(machine.where(), timeout_s=60)) as control:
+            return control.run(command, check=False).text
+
     def workers_on(self, name: str) -> str:
-        """What runs of ours on a machine."""
-        found = self.hosts[name].run(
-            f"grep -l {PLACE} /proc/[0-9]*/cmdline 2>/dev/null | grep -v self; true"
-        )
-        # The command itself is one of those that name the place.
-        own = "grep -l"
-        lines = []
-        for line in found.text.splitlines():
-            cmdline = self.hosts[name].run(f"tr '\\0' ' ' <{line}", check=False).text
-            if cmdline and own not in cmdline:
-                lines.append(cmdline)
-        return "\n".join(lines)
+        """What runs of ours on a machine: the guards of workers."""
+        return self.ask(name, f"cd /proc && grep -lzx {PLACE}/run/guard.py [0-9]*/cmdline")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_a_killed_night_leaves_nothing_on_its_machines(fleet: Fleet) -> None:
     night = fleet.start()
     try:
         fleet.wait_for(lambda run: _by_worker(run, "steady") >= 2, 1, "verdicts of a machine")
-        assert "guard.py" in fleet.workers_on("steady")
+        assert fleet.workers_on("steady")
     finally:
         night.kill()
         night.wait(60)
@@ -176,8 +175,8 @@ def test_a_night_outlives_a_machine(fleet: Fleet) -> None:
     assert workers == {"here", "steady", "doomed", "started"}
 
     # The one that was started by kexec runs the kernel under test.
-    assert run.facts.kernel["release"] in fleet.hosts["started"].run("uname -r").text
-    assert "kvmi_harness.boot=" in fleet.hosts["started"].run("cat /proc/cmdline").text
+    assert run.facts.kernel["release"] in fleet.ask("started", "uname -r")
+    assert "kvmi_harness.boot=" in fleet.ask("started", "cat /proc/cmdline")
     assert run.facts.machine is not None
     assert run.facts.machine.emulated
     assert {f"machine {name}" for name in fleet.hosts} == set(run.facts.machine.extra)
@@ -199,7 +198,7 @@ def test_a_night_outlives_a_machine(fleet: Fleet) -> None:
 
     for name in ("steady", "started"):
         assert not fleet.workers_on(name)
-        assert fleet.hosts[name].run(f"ls {PLACE}").text.startswith("site-")
+        assert fleet.ask(name, f"ls {PLACE}").startswith("site-")
     assert not _ours(fleet.place)
 
 
