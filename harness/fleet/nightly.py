@@ -28,7 +28,7 @@ from harness.fleet.inventory import Machine, load_inventory, read_toml
 from harness.fleet.run import run_fleet
 from harness.report import render
 from harness.report.compare import Comparison, compare_runs, tell
-from harness.report.store import VERDICTS, write_atomically
+from harness.report.store import VERDICTS, load_run, write_atomically
 from harness.report.view import RunView
 from harness.settings import FILE_NAME, Settings
 
@@ -88,7 +88,7 @@ def nightly(path: Path, ready: Callable[[Path | None, Path], Settings]) -> int:
     reports = Path(night.reports)
     with _alone(reports):
         settings_file = Path(night.settings)
-        nights = _nights(reports)
+        before = _last_whole(reports)
         try:
             with _deadline(night.hours):
                 settings = ready(settings_file if settings_file.is_file() else None, reports)
@@ -110,7 +110,7 @@ def nightly(path: Path, ready: Callable[[Path | None, Path], Settings]) -> int:
             _send(night, f"KVMI night: nothing ran: {error.message}", text, code=error.exit_code)
             raise
         try:
-            subject, text = summarize(run_dir, nights[-1] if nights else None)
+            subject, text = summarize(run_dir, before)
         except HarnessError as error:
             subject, text = "KVMI night: it cannot be compared", str(error)
             code = code or error.exit_code
@@ -156,6 +156,15 @@ def _deadline(hours: float) -> Iterator[None]:
 def _nights(reports: Path) -> list[Path]:
     """The runs in the directory, the oldest first."""
     return sorted(path.parent for path in reports.glob(f"*T*Z-*/{VERDICTS}"))
+
+
+def _last_whole(reports: Path) -> Path | None:
+    """The newest run that was not killed: what such a one did not test cannot have broken."""
+    for path in reversed(_nights(reports)):
+        with contextlib.suppress(UsageError):
+            if load_run(path).end is not None:
+                return path
+    return None
 
 
 def forget(reports: Path, *, keep: int) -> None:

@@ -151,18 +151,17 @@ class Rounds:
         note(f"Machine {machine.name} {fate}{during}")
         crash = machine.crash()
         if crash or fate is Fate.RESTARTED:
-            how = f"died: {crash}" if crash else "restarted it"
-            self._give_verdict(
-                loss.test, Outcome.FAIL, f"the kernel of machine {machine.name} {how}", machine
-            )
+            # Nobody else restarts it while it is ours.
+            how = f": its kernel died: {crash}" if crash else " restarted during this test"
+            reason = f"machine {machine.name}{how}"
+            self._give_verdict(loss.test, Outcome.FAIL, reason, machine)
         elif loss.test:
             suspects = self._suspects.setdefault(loss.test, [])
             suspects.append(machine.name)
             if len(suspects) > 1:
+                names = " and ".join(dict.fromkeys(suspects))
                 self._give_verdict(
-                    loss.test,
-                    Outcome.MISS,
-                    f"machines {' and '.join(suspects)} were lost during this test",
+                    loss.test, Outcome.MISS, f"lost during this test, each time: {names}"
                 )
         if fate is not Fate.GONE:
             self._bring_back(machine, loss.error)

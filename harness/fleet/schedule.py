@@ -48,6 +48,7 @@ class MachineScheduling:
     :param needs: asked once, when all have collected: what a test needs, if it needs anything.
     :param done: tests that are not to run: they have a verdict already.
     :param skipped: on which kinds of machine tests were skipped before.
+    :param lost_in: which workers were lost in a test before: it goes to another, if one can.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MachineScheduling:
         needs: Callable[[], Mapping[str, frozenset[str]]],
         done: frozenset[str] = frozenset(),
         skipped: Mapping[str, set[frozenset[str]]] | None = None,
+        lost_in: Mapping[str, set[str]] | None = None,
     ) -> None:
         self._words = words
         self._ask_needs = needs
@@ -65,6 +67,7 @@ class MachineScheduling:
         self._collections: dict[Worker, list[str]] = {}
         self._queues: dict[Worker, list[str]] = {}
         self._pending: list[str] | None = None
+        self._lost_in = lost_in or {}
         self._skipped = {test: set(kinds) for test, kinds in (skipped or {}).items()}
 
     # -- what pytest-xdist asks
@@ -151,6 +154,14 @@ class MachineScheduling:
         return [node for node in self._queues if not node.shutting_down]
 
     def _suits(self, node: Worker, test: str) -> bool:
+        if not self._able(node, test):
+            return False
+        avoided = self._lost_in.get(test, ())
+        return node.gateway.id not in avoided or not any(
+            one.gateway.id not in avoided and self._able(one, test) for one in self._open()
+        )
+
+    def _able(self, node: Worker, test: str) -> bool:
         words = self._words[node.gateway.id]
         needs = self._needs.get(test, frozenset())
         if node.gateway.id == HERE and not needs:

@@ -102,13 +102,16 @@ class Fleet:
         """Our own scheduler."""
         run_dir = self._session.run_dir
         told = msgspec.json.decode((run_dir / FLEET).read_bytes(), type=dict[str, frozenset[str]])
-        skipped = skips_of(run_dir, told)
+        lost_in: dict[str, set[str]] = {}
+        for loss in read_losses(run_dir):
+            lost_in.setdefault(loss.test, set()).add(loss.machine)
         self._scheduling = MachineScheduling(
             told,
             # The worker here writes the plan when it has collected.
             lambda: {one.test: frozenset(one.needs) for one in read_plan(run_dir)},
             settled_tests(run_dir, told),
-            skipped,
+            skips_of(run_dir, told),
+            lost_in,
         )
         return self._scheduling
 

@@ -45,12 +45,14 @@ class Fleet:
         needs: Mapping[str, str] | None = None,
         tests: Sequence[str] = TESTS,
         done: Sequence[str] = (),
+        lost_in: Mapping[str, set[str]] | None = None,
     ) -> None:
         self.ran: dict[str, list[str]] = {name: [] for name in words}
         self.scheduling = MachineScheduling(
             {name: frozenset(text.split()) for name, text in words.items()},
             lambda: {test: frozenset(text.split()) for test, text in (needs or {}).items()},
             frozenset(done),
+            lost_in=lost_in,
         )
         self.nodes = {name: Node(Gateway(name), tests) for name in words}
         for node in self.nodes.values():
@@ -162,6 +164,15 @@ def test_what_all_kinds_skip_is_skipped() -> None:
     fleet.finish(skips={"a": ["t4"], "c": ["t4"]})
     assert [("t4" in ran) for ran in fleet.ran.values()] == [True, True]
     assert sorted(fleet.ran["a"] + fleet.ran["c"]) == sorted([*TESTS, "t4"])
+
+
+def test_a_test_that_lost_a_machine_goes_to_another() -> None:
+    """Unless that is the only one for it."""
+    lost_in = {test: {"a"} for test in ("t0", "t9")}
+    fleet = Fleet({"a": "svm smap", "b": "svm"}, needs={"t9": "smap"}, lost_in=lost_in)
+    fleet.finish()
+    assert "t0" in fleet.ran["b"]
+    assert "t9" in fleet.ran["a"]
 
 
 @pytest.mark.parametrize("tests", [[], ["t0"]])
