@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +20,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from harness.build.images import build_images
-from harness.build.kernel import build_kernel
+from harness.build.kernel import KernelBuild, build_kernel
 from harness.build.qemu import build_qemu
-from harness.fleet.inventory import load_inventory
-from harness.fleet.switch import PLACE
+from harness.errors import InfraError
+from harness.fleet.inventory import Machine, load_inventory
+from harness.fleet.switch import PLACE, switch
 from harness.hosts import Host
 from harness.hosts.remote import Control
 from harness.hosts.ssh import Keys
@@ -47,6 +50,7 @@ class Fleet:
 
     place: Path
     hosts: dict[str, Host]
+    kernel: KernelBuild
 
     @property
     def nights(self) -> list[Path]:
@@ -72,11 +76,15 @@ class Fleet:
 
         _until(far, what, timeout_s=NIGHT_S)
 
+    def machine(self, name: str) -> Machine:
+        """A machine as in the inventory."""
+        (found,) = (m for m in load_inventory(self.place / "inventory.toml") if m.name == name)
+        return found
+
     def ask(self, name: str, command: str) -> str:
         """What a shell command prints on a machine, by a connection of its own: a machine that
         was started anew does not tell the old ones."""
-        (machine,) = (m for m in load_inventory(self.place / "inventory.toml") if m.name == name)
-        with contextlib.closing(Control(machine.where(), timeout_s=60)) as control:
+        with contextlib.closing(Control(self.machine(name).where(), timeout_s=60)) as control:
             return control.run(command, check=False).text
 
     def workers_on(self, name: str) -> str:
@@ -115,7 +123,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             f'select = "{SELECT}"\nhours = 1\n'
             f"send = 'cat >{place}/mail.txt; echo \"$KVMI_SUBJECT\" >{place}/subject.txt; false'\n"
         )
-        yield Fleet(place, hosts)
+        yield Fleet(place, hosts, build_kernel(settings))
 
 
 def _until(condition: Callable[[], object], what: str, *, timeout_s: float) -> None:
@@ -136,6 +144,28 @@ def _prepared(settings: Settings) -> tuple[TcgTarget, Keys]:
 
 def _by_worker(run: Run, name: str) -> int:
     return len({verdict.test for verdict in run.verdicts if verdict.worker == name})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"switch": "boots-itself"}, "runs kernel .*-kvmi-base instead of"),
+        ({"switch": "boots-itself", "command": "echo no; exit 3"}, "ended with status 3"),
+        ({"switch": "boots-itself", "command": "true", "return_s": 3.0}, "did not come back"),
+        ({"cmdline": "x" * 4096}, "kexec: Invalid argument"),
+    ],
+)
+def test_a_machine_that_does_not_get_the_kernel(
+    fleet: Fleet, change: dict[str, object], said: str
+) -> None:
+    """It is said why, and it goes on as it was."""
+    machine = msgspec.structs.replace(fleet.machine("started"), **change)
+    before = fleet.ask("started", "cat /proc/sys/kernel/random/boot_id")
+    with pytest.raises(InfraError) as caught:
+        switch(machine, fleet.kernel)
+    assert re.search(said, f"{caught.value.message}\n{caught.value.details}")
+    assert "machine started" in caught.value.message
+    assert fleet.ask("started", "cat /proc/sys/kernel/random/boot_id") == before
 
 
 def test_a_killed_night_leaves_nothing_on_its_machines(fleet: Fleet) -> None:
