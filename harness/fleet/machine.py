@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ __all__ = ["Fate", "FleetMachine", "words_of"]
 
 _ANSWER_TIMEOUT_S = 60.0
 _COPY_TIMEOUT_S = 600.0
+_LET_GO_S = 20.0
 _ASK_PYTHON = "import json, sys; print(json.dumps(sys.version_info[:2]))"
 
 
@@ -131,8 +133,16 @@ class FleetMachine:
     def _take(self) -> Control:
         """Log in, and keep other runs from it."""
         self._control = Control(self.machine.where(), timeout_s=_ANSWER_TIMEOUT_S)
-        self._holder = hold(self._control)
-        return self._control
+        deadline = time.monotonic() + _LET_GO_S
+        while True:
+            try:
+                self._holder = hold(self._control)
+                return self._control
+            except UsageError:
+                # Whoever held it may have been ended just now, as a connection of ours.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_LET_GO_S / 20)
 
     def _copy(self, control: Control, runtime: Runtime, *, vendor: str) -> None:
         python = control.run(
