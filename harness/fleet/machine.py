@@ -128,7 +128,12 @@ class FleetMachine:
             number = f"-{self._starts}" if self._starts > 1 else ""
             folder = self._run_dir / "hosts" / self.name
             folder.mkdir(parents=True, exist_ok=True)
-            self._log = KernelLog(control, folder / f"kernel{number}.log")
+            self._log = log = KernelLog(control, folder / f"kernel{number}.log")
+            if log.before is not None:
+                raise InfraError(
+                    f"the kernel of machine {self.name} died before: {log.before.line}",
+                    hint="it went on, but cannot be trusted: restart the machine",
+                )
 
     def _take(self) -> Control:
         """Log in, and keep other runs from it."""
@@ -244,7 +249,7 @@ class FleetMachine:
         assert "//" not in str(config)
         return (
             f"ssh=kvmi-{self.name}//ssh_config={config}//python={PYTHON}//chdir={REPOSITORY}"
-            f"//id={self.name}//kvmi_run={RUN}"
+            f"//id={self.name}//kvmi_run={RUN}//kvmi_start={self._starts}"
         )
 
     def _drop(self) -> None:

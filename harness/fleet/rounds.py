@@ -25,6 +25,7 @@ from harness.errors import HarnessError
 from harness.fleet.machine import Fate, FleetMachine
 from harness.fleet.schedule import HERE
 from harness.fleet.session import FLEET, Loss, read_losses, settled_tests
+from harness.plugin.worker import LEFT
 from harness.report.model import Outcome, Planned, Verdict, clauses_or_none
 from harness.report.store import VerdictFile, load_run, write_atomically
 
@@ -150,7 +151,9 @@ class Rounds:
         during = f" during {loss.test}" if loss.test else ""
         note(f"Machine {machine.name} {fate}{during}")
         crash = machine.crash()
-        if crash or fate is Fate.RESTARTED:
+        if LEFT in loss.error:
+            pass  # it did not even begin with the test: the machine was found to be of no use
+        elif crash or fate is Fate.RESTARTED:
             # Nobody else restarts it while it is ours.
             how = f": its kernel died: {crash}" if crash else " restarted during this test"
             reason = f"machine {machine.name}{how}"

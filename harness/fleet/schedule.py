@@ -67,6 +67,8 @@ class MachineScheduling:
         self._collections: dict[Worker, list[str]] = {}
         self._queues: dict[Worker, list[str]] = {}
         self._pending: list[str] | None = None
+        self._closed: set[Worker] = set()
+        self._ended = False
         self._lost_in = lost_in or {}
         self._skipped = {test: set(kinds) for test, kinds in (skipped or {}).items()}
 
@@ -94,7 +96,10 @@ class MachineScheduling:
             return False
         if any(len(queue) >= _AT_ONCE for queue in self._queues.values()):
             return False
-        return not any(self._suits(node, t) for node in self._open() for t in self._pending)
+        self._ended = self._ended or not any(
+            self._suits(node, test) for node in self._open() for test in self._pending
+        )
+        return self._ended
 
     def add_node(self, node: Worker) -> None:
         """A worker is up; it collects now."""
@@ -129,14 +134,18 @@ class MachineScheduling:
 
     def remove_node(self, node: Worker) -> str | None:
         """A worker is no more. Gives the test that it ran; what it had besides is handed out."""
+        # One test alone is run when it is known that no other follows.
+        queue = self._queues.get(node, [])
+        runs = len(queue) >= _AT_ONCE or node in self._closed or self._ended
+        running = queue[0] if queue and runs else None
         self._expected.discard(node.gateway.id)
         self._collections.pop(node, None)
-        queue = self._queues.pop(node, [])
+        self._queues.pop(node, None)
         if self._pending is not None:
-            self._pending[:0] = queue[1:]
+            self._pending[:0] = [test for test in queue if test != running]
         if self.collection_is_completed and self._collections:
             self.schedule()
-        return queue[0] if queue else None
+        return running
 
     # -- beyond that
 
@@ -182,6 +191,7 @@ class MachineScheduling:
                     self._feed(node)
         for node in self._open():
             if not self._may_get_more(node):
+                self._closed.add(node)
                 node.shutdown()
 
     def _feed(self, node: Worker) -> None:

@@ -346,6 +346,8 @@ class Nodes:
         there: str | None = getattr(node.gateway.spec, "kvmi_run", None)
         node.workerinput["kvmi_run_dir"] = there or str(self._session.run_dir)
         node.workerinput["kvmi_away"] = there is not None
+        # One that was started again there does not overwrite what the first one sent.
+        node.workerinput["kvmi_start"] = getattr(node.gateway.spec, "kvmi_start", None) or "1"
         node.workerinput["kvmi_slot"] = slot
         if node.gateway.spec.popen:
             node.workerinput["kvmi_controller_pid"] = os.getpid()

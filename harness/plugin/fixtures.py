@@ -62,7 +62,9 @@ def kvmi_pool(target: Target, pytestconfig: pytest.Config) -> Iterator[HostPool]
 
     session = Session.of(pytestconfig)
     worker = pytestconfig.pluginmanager.getplugin("kvmi-worker")
-    pool = HostPool(target, run_dir=session.run_dir, worker=session.worker, on_phase=worker.phase)
+    again = session.worker_input.get("kvmi_start", "1")
+    name = session.worker if again == "1" else f"{session.worker}.{again}"
+    pool = HostPool(target, run_dir=session.run_dir, worker=name, on_phase=worker.phase)
     yield pool
     pool.close()
 

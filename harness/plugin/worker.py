@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from harness.plugin.pool import Lease
     from harness.plugin.timeline import Timeline
 
-__all__ = ["TestState", "Worker", "current", "leave"]
+__all__ = ["LEFT", "TestState", "Worker", "current", "leave"]
+
+LEFT = "the worker left"
+"""How a worker begins to say why it ended by itself."""
 
 STUCK_GRACE_S = 60
 """How long past its limit a test may take to tear down before the worker is ended."""
@@ -124,7 +127,7 @@ def leave(config: pytest.Config, error: Exception) -> NoReturn:
     """End this worker on another machine at once; its controller hears why."""
     for plugin in config.pluginmanager.get_plugins():
         if (channel := getattr(plugin, "channel", None)) is not None:
-            channel.close(str(error))
+            channel.close(f"{LEFT}: {error}")
     os._exit(1)
 
 

@@ -132,6 +132,16 @@ def test_a_lost_machine_leaves_its_share_to_the_others() -> None:
     assert sorted([*fleet.ran["a"], *fleet.ran["b"], running]) == TESTS
 
 
+def test_a_machine_may_be_lost_between_tests() -> None:
+    """With one test that it was not to run before it knew the next: nothing ran then."""
+    fleet = Fleet({"a": "svm", "b": "vmx"}, tests=TESTS[:4])
+    fleet.step("a")
+    assert len(fleet.nodes["a"].queue) == 1
+    assert fleet.lose("a") is None
+    fleet.finish()
+    assert sorted(fleet.ran["a"] + fleet.ran["b"]) == TESTS[:4]
+
+
 def test_the_last_machine_for_a_test_may_be_lost() -> None:
     """The rest goes on, and ends."""
     fleet = Fleet({"a": "svm", "b": "vmx"}, needs={"t5": "vmx", "t6": "vmx", "t7": "vmx"})
