@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from harness.build.kernel import KernelBuild
     from harness.fleet.inventory import Machine
 
-__all__ = ["PLACE", "switch", "wait_for_other_boot"]
+__all__ = ["PLACE", "still_there", "switch", "wait_for_other_boot"]
 
 PLACE = "/var/tmp/kvmi-harness-fleet"
 """Where all lies on a machine that the fleet brought there; swept when the next run begins."""
