@@ -189,6 +189,10 @@ class FleetMachine:
             timeout_s=_COPY_TIMEOUT_S,
         )
 
+    def there(self) -> bool:
+        """Whether it answers, and has not restarted."""
+        return still_there(self.machine) == self._boot_id
+
     def fate(self) -> Fate:
         """Look what became of it when its worker was lost.
 

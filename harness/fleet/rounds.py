@@ -13,6 +13,7 @@ broken. Otherwise another machine gets the test; one that was lost with two mach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,18 @@ class Rounds:
             if reason:
                 return code, reason
             losses = self._new_losses()
-            for loss in losses:
-                self._judge(loss)
+            self._look_after(losses)
+            lost = bool(losses) or self._look_for_lost(code)
             left = self._left()
-            if not losses and not self._look_for_lost(code):
-                # Nobody was lost; but what one kind of machine skipped last, another may run.
+            if not lost:
+                # What one kind of machine skipped last, another may run.
                 owed = {one.test for one in self._owed()}
                 left = [test for test in left if test not in owed]
-            if not left:
+            # A machine that is lost while workers start ends pytest before it has collected.
+            begun = bool(load_run(self._run_dir).plan)
+            if not left and (begun or not lost):
                 break
-            note(f"Another round, for {len(left)} tests")
+            note(f"Another round, for {f'{len(left)} tests' if begun else 'all tests'}")
         return code, ""
 
     def _workers(self, machines: Sequence[FleetMachine]) -> list[str]:
@@ -132,44 +135,54 @@ class Rounds:
         """After a pytest that failed by itself: is a machine missing that it did not tell of?"""
         if code in (0, 1):
             return False
-        found = False
-        for machine in self._machines.values():
-            if not machine.lost and machine.fate() is not Fate.THERE:
-                self._bring_back(machine, "it was gone when the run began")
-                found = True
-        return found
+        gone = [one for one in self._machines.values() if not one.lost and not one.there()]
+        for machine in gone:
+            self._look_at(Loss(machine=machine.name, error="it was gone when the round began"))
+        return bool(gone)
 
     # -- machines that were lost ----------------------------------------------------------
 
-    def _judge(self, loss: Loss) -> None:
-        """Find out what became of a machine, and of the test that it ran."""
-        machine = self._machines.get(loss.machine)
-        if machine is None:
-            self._give_verdict(loss.test, Outcome.MISS, f"the worker here died: {loss.error}")
-            return
+    def _look_after(self, losses: Sequence[Loss]) -> None:
+        """Find out what became of machines, make those ready that are there, and judge the
+        tests that they ran."""
+        of_machines = [loss for loss in losses if loss.machine in self._machines]
+        with ThreadPoolExecutor(max(1, len(of_machines)), "fleet") as pool:
+            found = list(pool.map(self._look_at, of_machines))
+        for loss, (fate, crash, log) in zip(of_machines, found, strict=True):
+            self._judge(loss, fate, crash, log)
+        for loss in losses:
+            if loss not in of_machines:
+                reason = f"the worker here died: {loss.error}"
+                self._give_verdict(loss.test, Outcome.MISS, reason)
+
+    def _look_at(self, loss: Loss) -> tuple[Fate, str, Path | None]:
+        """What became of a machine, what its kernel said of its death, and where it is kept."""
+        machine = self._machines[loss.machine]
         fate = machine.fate()
-        during = f" during {loss.test}" if loss.test else ""
-        note(f"Machine {machine.name} {fate}{during}")
-        crash = machine.crash()
-        if LEFT in loss.error:
-            pass  # it did not even begin with the test: the machine was found to be of no use
-        elif crash or fate is Fate.RESTARTED:
+        found = fate, machine.crash(), machine.kernel_log_path
+        note(f"Machine {machine.name} {fate}{f'; it ran {loss.test}' if loss.test else ''}")
+        if fate is Fate.GONE:
+            machine.give_up(f"{machine.lost}{f'; it ran {loss.test}' if loss.test else ''}")
+        else:
+            self._bring_back(machine, loss.error)
+        return found
+
+    def _judge(self, loss: Loss, fate: Fate, crash: str, log: Path | None) -> None:
+        """Give a verdict on the test that a lost machine ran, if one is due."""
+        if not loss.test or LEFT in loss.error:
+            return  # it had not begun: the machine was found to be of no use
+        if crash or fate is Fate.RESTARTED:
             # Nobody else restarts it while it is ours.
             how = f": its kernel died: {crash}" if crash else " restarted during this test"
-            reason = f"machine {machine.name}{how}"
-            self._give_verdict(loss.test, Outcome.FAIL, reason, machine)
-        elif loss.test:
-            suspects = self._suspects.setdefault(loss.test, [])
-            suspects.append(machine.name)
-            if len(suspects) > 1:
-                names = " and ".join(dict.fromkeys(suspects))
-                self._give_verdict(
-                    loss.test, Outcome.MISS, f"lost during this test, each time: {names}"
-                )
-        if fate is not Fate.GONE:
-            self._bring_back(machine, loss.error)
-        else:
-            machine.give_up(f"{machine.lost}{f'; it ran {loss.test}' if loss.test else ''}")
+            reason = f"machine {loss.machine}{how}"
+            self._give_verdict(loss.test, Outcome.FAIL, reason, worker=loss.machine, log=log)
+            return
+        suspects = self._suspects.setdefault(loss.test, [])
+        suspects.append(loss.machine)
+        if len(suspects) > 1:
+            names = " and ".join(dict.fromkeys(suspects))
+            reason = f"lost during this test, each time: {names}"
+            self._give_verdict(loss.test, Outcome.MISS, reason)
 
     def _bring_back(self, machine: FleetMachine, why: str) -> None:
         if machine.lost:
@@ -184,7 +197,7 @@ class Rounds:
             machine.give_up(error)
 
     def _give_verdict(
-        self, test: str, outcome: Outcome, reason: str, machine: FleetMachine | None = None
+        self, test: str, outcome: Outcome, reason: str, *, worker: str = "", log: Path | None = None
     ) -> None:
         """Write what is known of a test whose worker did not live to tell."""
         run = load_run(self._run_dir)
@@ -192,8 +205,8 @@ class Rounds:
         if planned is None or any(one.test == test for one in run.verdicts):
             return
         evidence = {}
-        if machine is not None and machine.kernel_log_path is not None:
-            evidence["kernel_log"] = machine.kernel_log_path.relative_to(self._run_dir).as_posix()
+        if log is not None:
+            evidence["kernel_log"] = log.relative_to(self._run_dir).as_posix()
         with VerdictFile(self._run_dir) as file:
             for clause in clauses_or_none(planned.clauses):
                 file.write(
@@ -206,7 +219,7 @@ class Rounds:
                         duration_s=0.0,
                         reason=reason,
                         description=planned.description,
-                        worker=machine.name if machine is not None else "",
+                        worker=worker,
                         evidence=evidence,
                     )
                 )

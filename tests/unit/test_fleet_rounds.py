@@ -62,9 +62,12 @@ class Here(FleetMachine):
         self.words = frozenset(words.split())
         self.prepared = 1
         self._fates = fates
+        self.unreachable: set[str] = set()
 
     def spec(self, config: Path) -> str:
         assert f"Host kvmi-{self.name}\n" in config.read_text()
+        if self.unreachable:
+            return f"ssh=kvmi-nowhere.invalid//ssh_config=/dev/null//id={self.name}"
         return f"popen//chdir={paths.ROOT}//id={self.name}"
 
     def fate(self) -> Fate:
@@ -72,6 +75,9 @@ class Here(FleetMachine):
         if fate is Fate.GONE:
             self.lost = "it does not answer"
         return fate
+
+    def there(self) -> bool:
+        return self.name not in self.unreachable
 
     def prepare(self, runtime: Runtime) -> None:
         self.prepared += 1
@@ -137,3 +143,16 @@ def test_what_becomes_of_lost_machines(run_dir: Path) -> None:
     assert set(run.end.lost) == {"c"}
     assert run.end.lost["c"].startswith("it does not answer; it ran ")
     assert "machine c was lost: it does not answer" in run.notes[0]
+
+
+def test_a_machine_that_is_gone_before_its_worker_starts(run_dir: Path) -> None:
+    """The others do all of it."""
+    a = Here("a", run_dir, "svm vmx rare", [])
+    gone = Here("gone", run_dir, "svm", [Fate.GONE])
+    gone.unreachable = {"gone"}
+    Rounds(run_dir, [gone, a], cast(Runtime, None)).run(["suite/test_it.py::test_any"])
+    run = load_run(run_dir)
+    assert [verdict.worker for verdict in run.verdicts] == ["a"] * 3
+    assert run.end is not None
+    assert not run.end.reason
+    assert set(run.end.lost) == {"gone"}
