@@ -26,7 +26,6 @@ from harness.errors import HarnessError
 from harness.fleet.machine import Fate, FleetMachine
 from harness.fleet.schedule import HERE
 from harness.fleet.session import FLEET, Loss, read_losses, settled_tests
-from harness.plugin.worker import LEFT
 from harness.report.model import Outcome, Planned, Verdict, clauses_or_none
 from harness.report.store import VerdictFile, load_run, write_atomically
 
@@ -169,7 +168,7 @@ class Rounds:
 
     def _judge(self, loss: Loss, fate: Fate, crash: str, log: Path | None) -> None:
         """Give a verdict on the test that a lost machine ran, if one is due."""
-        if not loss.test or LEFT in loss.error:
+        if not loss.test or loss.left:
             return  # it had not begun: the machine was found to be of no use
         if crash or fate is Fate.RESTARTED:
             # Nobody else restarts it while it is ours.

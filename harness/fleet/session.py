@@ -9,6 +9,7 @@ goes to the others, and when these are done the run goes on in another round (se
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from harness.fleet.schedule import HERE, MachineScheduling
 from harness.plugin.options import Session
+from harness.plugin.worker import WorkerLeft
 from harness.report.model import Outcome
 from harness.report.store import load_run, read_plan
 
@@ -38,6 +40,8 @@ class Loss(msgspec.Struct, kw_only=True, frozen=True):
     test: str = ""
     """What it ran then; empty if nothing."""
     error: str = ""
+    left: bool = False
+    """It ended by itself, when its machine turned out to be of no use: no test is to blame."""
 
 
 def read_losses(run_dir: Path) -> list[Loss]:
@@ -90,6 +94,7 @@ class Fleet:
         self._session = session
         self._scheduling: MachineScheduling | None = None
         self._distribution: Any = None
+        self._left: dict[str, str] = {}
 
     def pytest_xdist_setupnodes(self, config: pytest.Config) -> None:
         """Take over from pytest-xdist what it does with lost workers; copying is done."""
@@ -103,7 +108,7 @@ class Fleet:
         run_dir = self._session.run_dir
         told = msgspec.json.decode((run_dir / FLEET).read_bytes(), type=dict[str, frozenset[str]])
         lost_in: dict[str, set[str]] = {}
-        for loss in read_losses(run_dir):
+        for loss in (one for one in read_losses(run_dir) if not one.left):
             lost_in.setdefault(loss.test, set()).add(loss.machine)
         self._scheduling = MachineScheduling(
             told,
@@ -122,12 +127,20 @@ class Fleet:
         if data and node and self._scheduling and data["outcome"] == Outcome.SKIP:
             self._scheduling.skipped(node, report.nodeid)
 
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
+        """Hear why a worker leaves."""
+        if isinstance(warning_message.message, WorkerLeft):
+            worker, why = warning_message.message.args
+            self._left[worker] = why
+
     def _lost(self, node: Any, error: object) -> None:
         """In place of pytest-xdist's own, which would start another worker there."""
         node.config.hook.pytest_testnodedown(node=node, error=error)
         assert self._scheduling is not None
         test = self._scheduling.remove_node(node)
-        loss = Loss(machine=node.gateway.id, test=test or "", error=str(error))
+        name = node.gateway.id
+        left = self._left.get(name)
+        loss = Loss(machine=name, test=test or "", error=left or str(error), left=bool(left))
         with (self._session.run_dir / LOSSES).open("ab") as file:
             file.write(msgspec.json.encode(loss) + b"\n")
         self._distribution.report_line(f"\n{loss.machine} is lost: {loss.error}")

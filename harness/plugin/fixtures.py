@@ -128,9 +128,10 @@ def _lend(
     try:
         lease = pool.lend(test=state.test, fresh=boot is not None, boot=boot)
     except InfraError as error:
-        if Session.of(request.config).away:
+        session = Session.of(request.config)
+        if session.away:
             # It has this one host: the others can do its share, and this test.
-            leave(request.config, error)
+            leave(session, error)
         raise
     state.leases.append(lease)
     yield lease.pooled.host

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
     from harness.plugin.pool import Lease
     from harness.plugin.timeline import Timeline
 
-__all__ = ["LEFT", "TestState", "Worker", "current", "leave"]
-
-LEFT = "the worker left"
-"""How a worker begins to say why it ended by itself."""
+__all__ = ["TestState", "Worker", "WorkerLeft", "current", "leave"]
 
 STUCK_GRACE_S = 60
 """How long past its limit a test may take to tear down before the worker is ended."""
@@ -123,11 +121,26 @@ def current(item: pytest.Item) -> TestState:
     return state
 
 
-def leave(config: pytest.Config, error: Exception) -> NoReturn:
+class WorkerLeft(UserWarning):
+    """A worker ended by itself; arguments: its name, and why.
+
+    A warning, since these are what a worker can tell its controller at any time.
+    """
+
+
+def leave(session: Session, error: Exception) -> NoReturn:
     """End this worker on another machine at once; its controller hears why."""
-    for plugin in config.pluginmanager.get_plugins():
-        if (channel := getattr(plugin, "channel", None)) is not None:
-            channel.close(f"{LEFT}: {error}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.warn(WorkerLeft(session.worker, str(error)), stacklevel=2)
+    session.config.hook.pytest_warning_recorded.call_historic(
+        kwargs={
+            "warning_message": caught[0],
+            "when": "runtest",
+            "nodeid": "",
+            "location": None,
+        }
+    )
     os._exit(1)
 
 

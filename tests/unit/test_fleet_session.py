@@ -113,6 +113,26 @@ def test_of_intel(n):
     }
 
 
+def test_a_machine_that_is_of_no_use_leaves_its_tests_to_others(suite: Suite) -> None:
+    """No test is to blame for a host that cannot be had."""
+    source = """
+import os
+from conftest import Target
+if os.environ.get("PYTEST_XDIST_WORKER") == "b":
+    Target.fail = errors.InfraError("its kernel died before")
+pytestmark = pytest.mark.clause("HOOK-OK")
+@pytest.mark.parametrize("n", range(3))
+def test_with_host(host, n): pass
+"""
+    there = suite.pytester.path / "there"
+    run(suite, source, {"a": ["svm"], "b": ["svm"]}, b=f"//kvmi_run={there}")
+    (loss,) = read_losses(suite.run_dir)
+    assert (loss.machine, loss.left, loss.error) == ("b", True, "its kernel died before")
+    run(suite, source, {"a": ["svm"]})
+    assert workers_of(suite) == {f"test_with_host[{n}]": ["a"] for n in range(3)}
+    assert set(suite.verdicts().values()) == {"PASS"}
+
+
 def test_evidence_comes_with_the_report(suite: Suite) -> None:
     """From a worker that writes elsewhere."""
     there = suite.pytester.path / "there"
