@@ -176,8 +176,9 @@ def test_a_killed_night_leaves_nothing_on_its_machines(fleet: Fleet) -> None:
     finally:
         night.kill()
         night.wait(60)
-    _until(lambda: not fleet.workers_on("steady"), "the end of the worker", timeout_s=120)
-    assert not _ours(fleet.place)
+    everywhere = "the end of the workers"
+    _until(lambda: not any(map(fleet.workers_on, fleet.hosts)), everywhere, timeout_s=200)
+    _until(lambda: not _ours(fleet.place), "the end of the connections", timeout_s=60)
 
 
 def test_a_night_outlives_a_machine(fleet: Fleet) -> None:
@@ -229,7 +230,7 @@ def test_a_night_outlives_a_machine(fleet: Fleet) -> None:
     for name in ("steady", "started"):
         assert not fleet.workers_on(name)
         assert fleet.ask(name, f"ls {PLACE}").startswith("site-")
-    assert not _ours(fleet.place)
+    _until(lambda: not _ours(fleet.place), "the end of the connections", timeout_s=60)
 
 
 def _ours(place: Path) -> list[str]:
