@@ -25,6 +25,7 @@ from harness.build.archive import Apt, Archive, machine_archives, machine_codena
 from harness.build.progress import Step, step
 from harness.build.run import bound_to_us, output_of, refuse_full_disk, run_logged
 from harness.errors import BuildError, UsageError
+from harness.series.remote import commit_of
 from harness.settings import Settings
 
 __all__ = [
@@ -111,17 +112,9 @@ def named_source(name: str, base: Path) -> Source:
         raise UsageError(
             f"there is no base {base}", hint="a base is a tarball, or TREE:REF of a git tree"
         )
-    try:
-        commit = output_of(["git", "rev-parse", "--verify", f"{reference}^{{commit}}"], cwd=place)
-        version = output_of(["git", "describe", "--tags", "--always", commit.strip()], cwd=place)
-    except BuildError as error:
-        raise UsageError(
-            f"{tree} has no commit {reference}",
-            hint="name a branch, a tag, or a commit's id of a git tree",
-            details=error.details,
-        ) from error
+    commit = commit_of(place, reference, what=f"the base {base}")
+    version = output_of(["git", "describe", "--tags", "--always", commit], cwd=place)
     # A commit's id is a digest of the content.
-    commit = commit.strip()
     return Source(name, version.strip().removeprefix("v"), commit, place, commit)
 
 

@@ -172,9 +172,9 @@ def _commits(tree: Path, reference: str, *, what: str, root: Path) -> Path:
 
     remote.require_tree(tree)
     base, _, tip = reference.rpartition("..")
-    remote.require_commit(tree, tip, what=what)
+    remote.commit_of(tree, tip, what=what)
     base = base or remote.nearest_release(tree, tip)
-    remote.require_commit(tree, base, what=what)
+    remote.commit_of(tree, base, what=what)
     start = git("merge-base", base, tip)
     count = int(git("rev-list", "--count", f"{start}..{tip}"))
     if not 0 < count <= _MOST_PATCHES:

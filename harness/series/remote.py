@@ -16,7 +16,7 @@ from harness.build.progress import step
 from harness.build.run import output_of, run_logged
 from harness.errors import BuildError, UsageError
 
-__all__ = ["clone", "nearest_release", "require_commit", "require_tree", "thread"]
+__all__ = ["clone", "commit_of", "nearest_release", "require_tree", "thread"]
 
 _CLONE_TIMEOUT_S = 2 * 3600
 _B4_TIMEOUT_S = 300
@@ -76,8 +76,12 @@ def require_tree(tree: Path) -> None:
         )
 
 
-def require_commit(tree: Path, name: str, *, what: str) -> None:
-    """:raises UsageError: there is no commit ``name`` in the tree."""
+def commit_of(tree: Path, name: str, *, what: str) -> str:
+    """The id of the commit ``name`` of a git tree.
+
+    :param what: whose name it is, for the message.
+    :raises UsageError: there is none.
+    """
     done = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"],
         cwd=tree,
@@ -87,8 +91,9 @@ def require_commit(tree: Path, name: str, *, what: str) -> None:
     if done.returncode != 0:
         raise UsageError(
             f"{what}: there is no commit {name} in {tree}",
-            hint="name a branch, a tag, or a commit's id",
+            hint="name a branch, a tag, or a commit's id of a git tree",
         )
+    return done.stdout.decode().strip()
 
 
 def nearest_release(tree: Path, tip: str) -> str:
