@@ -5,6 +5,7 @@
 
     HarnessError                 our own side, or the machine we run on     exit 4
     ├── UsageError               a wrong call, setting or missing package   exit 2
+    │   └── AbsentError          the interface under test has no such thing
     ├── BuildError               kernel, QEMU or image could not be made    exit 3
     │   ├── PatchError           a patch of a series does not apply
     │   └── ConfigError          a kernel configuration lacks an option
@@ -24,6 +25,7 @@ Every error says what went wrong and where in its message, and what to do next i
 from __future__ import annotations
 
 __all__ = [
+    "AbsentError",
     "BuildError",
     "ConfigError",
     "ConformanceError",
@@ -64,6 +66,13 @@ class UsageError(HarnessError):
     """The call, a setting or an installed package is not what is needed."""
 
     exit_code = 2
+
+
+class AbsentError(UsageError):
+    """Other versions of the interface have this; that under test, or what is claimed of it, not.
+
+    A test that comes upon it is skipped: what it checks does not apply.
+    """
 
 
 class BuildError(HarnessError):

@@ -6,11 +6,18 @@ codec = Codec(profile)
 id, payload = codec.encode_command("VM_READ_PHYSICAL", gpa=0x1000, size=16)
 """
 
-from harness.abi.clauses import Clause, Side, load_clauses, requirement_documents
+from harness.abi.clauses import (
+    Clause,
+    Side,
+    all_clauses,
+    load_clauses,
+    requirement_documents,
+)
 from harness.abi.codec import HEADER, Codec, frame
 from harness.abi.layout import Field, Record, Struct
+from harness.abi.load import load_profile, profile_names
 from harness.abi.messages import EventBody, Reply
-from harness.abi.profile import Command, Event, Ioctl, Profile, load_profile, profile_names
+from harness.abi.profile import Command, Event, Ioctl, Profile
 
 __all__ = [
     "HEADER",
@@ -26,6 +33,7 @@ __all__ = [
     "Reply",
     "Side",
     "Struct",
+    "all_clauses",
     "frame",
     "load_clauses",
     "load_profile",

@@ -56,7 +56,7 @@ class Codec:
         self._actions = profile.names["action"]
         # By event id: the event, its exact payload size, and the id of its message.
         self._event_forms: dict[int, tuple[Event, int, int]] = {}
-        for event in profile.events.values():
+        for event in profile.event_by_id.values():
             own = event.payload.size if event.payload else 0
             whole = event.is_vcpu or self._header is None
             start = self._common_end if whole else self._start
@@ -362,11 +362,10 @@ class Codec:
     def encode_ioctl(self, name: str, **fields: Any) -> tuple[int, bytes]:
         """Request value and argument (empty when it takes none) of a VM ioctl.
 
+        :param name: as in v12.
         :raises UsageError: unknown ioctl or field.
         """
-        ioctl = self.profile.ioctls.get(name)
-        if ioctl is None:
-            raise UsageError(f"there is no ioctl {name}", hint=", ".join(self.profile.ioctls))
+        ioctl = self.profile.ioctl(name)
         if ioctl.argument is None:
             if fields:
                 raise UsageError(f"the ioctl {name} takes no argument")

@@ -13,40 +13,43 @@ from test_abi_codec import same, values_of
 
 from harness.abi import Codec, load_profile, profile_names
 from harness.abi.reading import read_event_reply, read_request
-from harness.errors import MalformedMessage, UsageError
+from harness.errors import AbsentError, MalformedMessage, UsageError
 
 NAMES = ("v6", "v7")
 CODECS = {name: Codec(load_profile(name)) for name in NAMES}
 
-# Command: (id, bytes of a request without its flexible array, bytes of a reply likewise),
-# written down independently of the data files, which have no such sums.
+# Command, by v12's name where that has it: (id, bytes of a request without its flexible array,
+# bytes of a reply likewise), written down independently of the data files, which have no such sums.
+SAME_COMMANDS = {
+    "VM_CHECK_COMMAND": (3, 8, 8),
+    "VM_CHECK_EVENT": (4, 8, 8),
+    "VM_GET_INFO": (5, 0, 24),
+    "VCPU_GET_INFO": (6, 8, 16),
+    "VM_PAUSE_VCPU": (7, 16, 8),
+    "VM_CONTROL_EVENTS": (8, 8, 8),
+    "VCPU_CONTROL_EVENTS": (9, 16, 8),
+    "VCPU_CONTROL_CR": (10, 16, 8),
+    "VCPU_CONTROL_MSR": (11, 16, 8),
+    "VCPU_GET_REGISTERS": (13, 16, 480),
+    "VCPU_SET_REGISTERS": (14, 152, 8),
+    "VCPU_GET_CPUID": (15, 16, 24),
+    "VCPU_GET_XSAVE": (16, 8, 4104),
+    "VM_READ_PHYSICAL": (17, 16, 8),
+    "VM_WRITE_PHYSICAL": (18, 16, 8),
+    "VCPU_INJECT_EXCEPTION": (19, 24, 8),
+    "VM_SET_PAGE_ACCESS": (21, 8, 8),
+    "VM_GET_MAP_TOKEN": (22, 0, 40),
+    "VCPU_GET_MTRR_TYPE": (23, 16, 16),
+    "VM_CONTROL_SPP": (24, 8, 8),
+    "VM_SET_PAGE_WRITE_BITMAP": (26, 8, 8),
+    "VM_CONTROL_CMD_RESPONSE": (27, 8, 8),
+    "VM_GET_MAX_GFN": (29, 0, 16),
+}
 COMMANDS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "v7": {
+    "v7": SAME_COMMANDS
+    | {
         "GET_VERSION": (2, 0, 24),
-        "VM_CHECK_COMMAND": (3, 8, 8),
-        "VM_CHECK_EVENT": (4, 8, 8),
-        "VM_GET_INFO": (5, 0, 24),
-        "VCPU_GET_INFO": (6, 8, 16),
-        "VCPU_PAUSE": (7, 16, 8),
-        "VM_CONTROL_EVENTS": (8, 8, 8),
-        "VCPU_CONTROL_EVENTS": (9, 16, 8),
-        "VCPU_CONTROL_CR": (10, 16, 8),
-        "VCPU_CONTROL_MSR": (11, 16, 8),
-        "VCPU_GET_REGISTERS": (13, 16, 480),
-        "VCPU_SET_REGISTERS": (14, 152, 8),
-        "VCPU_GET_CPUID": (15, 16, 24),
-        "VCPU_GET_XSAVE": (16, 8, 4104),
-        "VM_READ_PHYSICAL": (17, 16, 8),
-        "VM_WRITE_PHYSICAL": (18, 16, 8),
-        "VCPU_INJECT_EXCEPTION": (19, 24, 8),
-        "VM_SET_PAGE_ACCESS": (21, 8, 8),
-        "VM_GET_MAP_TOKEN": (22, 0, 40),
-        "VCPU_GET_MTRR_TYPE": (23, 16, 16),
-        "VM_CONTROL_SPP": (24, 8, 8),
-        "VM_SET_PAGE_WRITE_BITMAP": (26, 8, 8),
-        "VM_CONTROL_CMD_RESPONSE": (27, 8, 8),
         "VCPU_SET_VE_INFO": (28, 24, 8),
-        "VM_GET_MAX_GFN": (29, 0, 16),
         "VM_SET_PAGE_SVE": (30, 16, 8),
         "VCPU_SET_EPT_VIEW": (32, 16, 8),
         "VCPU_DISABLE_VE": (33, 8, 8),
@@ -58,67 +61,52 @@ COMMANDS: dict[str, dict[str, tuple[int, int, int]]] = {
         "VCPU_CHANGE_GFN": (60, 24, 8),
         "VCPU_CONTROL_SINGLESTEP": (63, 16, 8),
     },
-    "v6": {
+    "v6": SAME_COMMANDS
+    | {
         "GET_VERSION": (2, 0, 16),
-        "CHECK_COMMAND": (3, 8, 8),
-        "CHECK_EVENT": (4, 8, 8),
-        "GET_GUEST_INFO": (5, 0, 24),
-        "GET_VCPU_INFO": (6, 8, 16),
-        "PAUSE_VCPU": (7, 16, 8),
-        "CONTROL_VM_EVENTS": (8, 8, 8),
-        "CONTROL_EVENTS": (9, 16, 8),
-        "CONTROL_CR": (10, 16, 8),
-        "CONTROL_MSR": (11, 16, 8),
-        "GET_REGISTERS": (13, 16, 480),
-        "SET_REGISTERS": (14, 152, 8),
-        "GET_CPUID": (15, 16, 24),
-        "GET_XSAVE": (16, 8, 4104),
-        "READ_PHYSICAL": (17, 16, 8),
-        "WRITE_PHYSICAL": (18, 16, 8),
-        "INJECT_EXCEPTION": (19, 24, 8),
         "GET_PAGE_ACCESS": (20, 8, 8),
-        "SET_PAGE_ACCESS": (21, 8, 8),
-        "GET_MAP_TOKEN": (22, 0, 40),
-        "GET_MTRR_TYPE": (23, 16, 16),
-        "CONTROL_SPP": (24, 8, 8),
         "GET_PAGE_WRITE_BITMAP": (25, 8, 8),
-        "SET_PAGE_WRITE_BITMAP": (26, 8, 8),
-        "CONTROL_CMD_RESPONSE": (27, 8, 8),
-        "GET_MAX_GFN": (29, 0, 16),
     },
 }
 
-# Event: (id, bytes of the message's payload, bytes of its reply, 0 where there is none).
+# Event, likewise: (id, bytes of the message's payload, bytes of its reply, 0 where there is none).
+SAME_EVENTS = {
+    "UNHOOK": (0, 544, 0),
+    "CR": (1, 568, 24),
+    "MSR": (2, 568, 24),
+    "XSETBV": (3, 544, 16),
+    "BREAKPOINT": (4, 560, 16),
+    "HYPERCALL": (5, 544, 16),
+    "PF": (6, 568, 288),
+    "DESCRIPTOR": (8, 552, 16),
+    "CREATE_VCPU": (9, 544, 16),
+    "PAUSE": (10, 544, 16),
+}
 EVENTS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "v7": {
-        "UNHOOK": (0, 544, 0),
-        "CR": (1, 568, 24),
-        "MSR": (2, 568, 24),
-        "XSETBV": (3, 544, 16),
-        "BREAKPOINT": (4, 560, 16),
-        "HYPERCALL": (5, 544, 16),
-        "PF": (6, 568, 288),
+    "v7": SAME_EVENTS
+    | {
         "TRAP": (7, 560, 16),
-        "DESCRIPTOR": (8, 552, 16),
-        "CREATE_VCPU": (9, 544, 16),
-        "PAUSE_VCPU": (10, 544, 16),
         "SINGLESTEP": (11, 552, 16),
         "CMD_ERROR": (12, 560, 0),
         "CPUID": (13, 560, 16),
     },
+    "v6": SAME_EVENTS | {"TRAP": (7, 568, 16), "SINGLESTEP": (11, 544, 16)},
+}
+
+# What v12's ioctls are here: own name, request.
+IOCTLS = {
+    "v7": {
+        "HOOK": ("HOOK", 0x4018AEFF),
+        "UNHOOK": ("UNHOOK", 0xAEFB),
+        "COMMAND": ("COMMAND", 0x4008AEFD),
+        "EVENT": ("EVENT", 0x4008AEFC),
+        "PREUNHOOK": ("PREUNHOOK", 0xAEFE),
+    },
     "v6": {
-        "UNHOOK": (0, 544, 0),
-        "CR": (1, 568, 24),
-        "MSR": (2, 568, 24),
-        "XSETBV": (3, 544, 16),
-        "BREAKPOINT": (4, 560, 16),
-        "HYPERCALL": (5, 544, 16),
-        "PF": (6, 568, 288),
-        "TRAP": (7, 568, 16),
-        "DESCRIPTOR": (8, 552, 16),
-        "CREATE_VCPU": (9, 544, 16),
-        "PAUSE_VCPU": (10, 544, 16),
-        "SINGLESTEP": (11, 544, 16),
+        "HOOK": ("HOOK", 0x4018AEFF),
+        "COMMAND": ("COMMAND", 0x4008AEFD),
+        "EVENT": ("EVENT", 0x4008AEFC),
+        "PREUNHOOK": ("UNHOOK", 0xAEFE),
     },
 }
 
@@ -128,18 +116,18 @@ ALL_EVENTS = [(name, event) for name in NAMES for event in EVENTS[name]]
 
 def event_bytes(codec: Codec, name: str, *, vcpu: int = 3) -> bytes:
     """A good event whose own part is zero."""
-    event = codec.profile.events[name]
+    event = codec.profile.event(name)
     common = codec.pack("kvmi_event", size=544, vcpu=vcpu, event=event.id)
     return common + bytes(event.payload.size if event.payload else 0)
 
 
-def test_they_are_shipped() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_shipped(name: str) -> None:
     assert set(profile_names()) >= {"v6", "v7", "v12"}
-    for name in NAMES:
-        profile = CODECS[name].profile
-        assert (profile.name, profile.version, profile.max_message_size) == (name, 1, 8184)
-        assert set(profile.commands) == set(COMMANDS[name])
-        assert set(profile.events) == set(EVENTS[name])
+    profile = CODECS[name].profile
+    assert (profile.name, profile.version, profile.max_message_size) == (name, 1, 8184)
+    assert {one.common for one in profile.commands.values()} == set(COMMANDS[name])
+    assert {one.common for one in profile.events.values()} == set(EVENTS[name])
 
 
 @pytest.mark.parametrize(("name", "command"), ALL_COMMANDS)
@@ -160,7 +148,7 @@ def test_event_figures(name: str, event: str) -> None:
     assert (known.id, len(payload)) == (id, size)
     assert known.is_vcpu is bool(reply)
     body = codec.decode_event(1, payload)
-    assert (body.name, body.vcpu) == (event, 3 if reply else None)
+    assert (body.name, body.vcpu) == (known.name, 3 if reply else None)
     if reply:
         assert len(codec.encode_event_reply(event, vcpu=3)) == reply
 
@@ -170,12 +158,12 @@ def test_event_figures(name: str, event: str) -> None:
 @given(data=st.data())
 def test_commands_read_back(name: str, command: str, data: st.DataObject) -> None:
     codec = CODECS[name]
-    known = codec.profile.commands[command]
+    known = codec.profile.command(command)
     values: dict[str, Any] = data.draw(values_of(known.request)) if known.request else {}
     vcpu = {"vcpu": 7} if known.is_vcpu else {}
     id, payload = codec.encode_command(command, **values, **vcpu)
     read_name, fields = read_request(codec.profile, id, payload)
-    assert (id, read_name) == (known.id, command)
+    assert (id, read_name) == (known.id, known.name)
     for key, value in {**values, **vcpu}.items():
         assert key in fields or key.startswith("pad")
         if key in fields:
@@ -184,22 +172,35 @@ def test_commands_read_back(name: str, command: str, data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ioctls_of_the_first_series(name: str) -> None:
-    """Hook and unhook have other numbers than in v12, and v6 has no preunhook."""
+    """Other numbers than in v12, and v6 has none that ends a session."""
     codec = CODECS[name]
-    request, argument = codec.encode_ioctl("HOOK", fd=5, uuid=bytes(range(16)))
-    assert request == 0x4018AEFF
+    found = {one.common: (one.name, one.request) for one in codec.profile.ioctls.values()}
+    assert found == IOCTLS[name]
+    argument = codec.encode_ioctl("HOOK", fd=5, uuid=bytes(range(16)))[1]
     assert argument == struct.pack("<iI", 5, 0) + bytes(range(16))
-    unhook = {"v6": 0xAEFE, "v7": 0xAEFB}[name]
-    assert codec.encode_ioctl("UNHOOK") == (unhook, b"")
     assert codec.encode_ioctl("COMMAND", allow=1, id=-1)[1] == b"\1\0\0\0\xff\xff\xff\xff"
-    if name == "v7":
-        assert codec.encode_ioctl("PREUNHOOK") == (0xAEFE, b"")
-    else:
-        with pytest.raises(UsageError, match="no ioctl PREUNHOOK"):
-            codec.encode_ioctl("PREUNHOOK")
+    for which in set(load_profile("v12").ioctls) - set(IOCTLS[name]):
+        with pytest.raises(AbsentError, match=f"{name} has no ioctl {which}"):
+            codec.encode_ioctl(which)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_v12_that_are_not_there(name: str) -> None:
+    profile = CODECS[name].profile
+    with pytest.raises(AbsentError, match=f"{name} has no command VM_CONTROL_CLEANUP"):
+        profile.command("VM_CONTROL_CLEANUP")
+    with pytest.raises(UsageError, match="no command VM_FLY") as caught:
+        profile.command("VM_FLY")
+    assert not isinstance(caught.value, AbsentError)
+    assert profile.has("event PAUSE")
+    assert not profile.has("VM_CONTROL_CLEANUP")
 
 
 def test_an_unsupported_command_is_answered_differently() -> None:
+    assert [CODECS[name].profile.unknown_command for name in NAMES] == [
+        "KVM_EOPNOTSUPP",
+        "KVM_ENOSYS",
+    ]
     assert "KVM_EOPNOTSUPP" in CODECS["v6"].profile.command("GET_VERSION").errors
     assert "KVM_ENOSYS" not in CODECS["v6"].profile.command("GET_VERSION").errors
     assert CODECS["v7"].profile.command("GET_VERSION").errors == ("KVM_ENOSYS",)
