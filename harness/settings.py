@@ -21,7 +21,7 @@ import msgspec
 from harness import paths
 from harness.errors import UsageError
 from harness.resources import fitting_workers, free_cores
-from harness.series import anchored, described, fetched
+from harness.series import anchored, description_of, fetched, found_beside
 
 __all__ = ["FILE_NAME", "Settings", "load_settings", "with_series"]
 
@@ -32,6 +32,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=256)]
 _Megabytes = Annotated[int, msgspec.Meta(ge=256, le=1 << 20)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 _Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+_NameOrNone = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9_-]*)?$")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,12 @@ class Settings:
     """The machine of target ``ssh``: ``root@name:22``, or a name in ``~/.ssh/config``."""
     workers: _Count = field(default_factory=lambda: fitting_workers(1024))
     """Test processes, each with its own host; by default what fits into the machine."""
-    abi: _Name = "v12"
-    """The profile of the interface that the kernel under test is held to."""
+    abi: _NameOrNone = ""
+    """The version of the interface that the kernel under test is held to: v12, v7, v6. By default
+    that which its description names, or else v12."""
+    description: str = ""
+    """What the kernel's series speaks: a TOML file, or v12, v7, v6 for the published series; by
+    default ``series.toml`` beside its patches. See :mod:`harness.series.description`."""
     kernel_series: Path | str = paths.KERNEL_CONFIG / "linux"
     """The kernel's patches: a directory of them, applied in the order of their names. Before
     :func:`with_series` it may be another form that :mod:`harness.series` knows."""
@@ -117,18 +122,21 @@ def load_settings(path: Path | None = None, **overrides: object) -> Settings:
 def with_series(settings: Settings) -> Settings:
     """The settings with both series as directories of patches, fetched where need be.
 
-    A kernel series that comes with a description is held to the interface that this names.
+    A kernel series that is described is held to the interface that its description names.
 
     :raises UsageError: a series is not there, or not whole, or its description is wrong.
     :raises BuildError: it could not be fetched.
     """
     kernel = fetched(settings.kernel_series, root=settings.cache)
-    description = described(kernel)
-    return dataclasses.replace(
+    settings = dataclasses.replace(
         settings,
         kernel_series=kernel,
         qemu_series=fetched(settings.qemu_series, root=settings.cache),
-        abi=description.revision if description else settings.abi,
+        description=settings.description or found_beside(kernel),
+    )
+    description = description_of(settings)
+    return dataclasses.replace(
+        settings, abi=settings.abi or (description.revision if description else "v12")
     )
 
 
@@ -164,6 +172,9 @@ def _checked(values: dict[str, Any], *, where: str, base: Path) -> dict[str, Any
             checked[key] = (
                 anchored(str(value), base=base) if series else base / Path(value).expanduser()
             )
+            continue
+        if key == "description" and isinstance(value, str) and (base / value).is_file():
+            checked[key] = str(base / value)
             continue
         try:
             # Options of a command are all text; a file says what is a number.

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.abi import load_profile
 from harness.bench.kinds import CLOCK, EXIT, not_there
 from harness.bench.program import Block, Facts, Program, Stopped, build
 from harness.bench.result import Result, make_result
@@ -34,6 +33,7 @@ from harness.counters import attach, create
 from harness.errors import UsageError
 from harness.plugin.inputs import machine_record
 from harness.report.store import new_run_dir, point_latest, utc_now, write_atomically
+from harness.series import interface
 
 if TYPE_CHECKING:
     from harness.build.kernel import KernelBuild
@@ -115,7 +115,7 @@ def _prepare(settings: Settings) -> _Ready:
     from harness.build.qemu import build_qemu
     from harness.hosts import target_for
 
-    program = build(settings.cache, load_profile(settings.abi))
+    program = build(settings.cache, interface(settings))
     target = target_for(settings)
     kernel = build_kernel(settings)
     target.prepare(kernel, build_images(settings, kernel=kernel, qemu=build_qemu(settings)))
@@ -154,7 +154,7 @@ def _measure(places: Mapping[Path, Settings], options: Options, *, pair: str = "
     return [
         make_result(
             sides[place].done,
-            profile=load_profile(one.settings.abi),
+            profile=interface(one.settings),
             started=started,
             options=vars(options),
             kernel={

@@ -21,7 +21,6 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
-from harness.abi.profile import load_profile
 from harness.build.archive import machine_codename
 from harness.build.packages import (
     BROWSER_PACKAGES,
@@ -34,7 +33,7 @@ from harness.errors import HarnessError, InfraError
 from harness.hosts.choice import choose
 from harness.hosts.seen import Seen, look_at, look_here
 from harness.resources import BUILD_MEMORY_MB, free_cores, free_memory_mb
-from harness.series import fetched
+from harness.series import fetched, interface
 from harness.settings import Settings
 
 __all__ = [
@@ -192,7 +191,7 @@ def _disk(settings: Settings) -> Finding:
 
 def _virtualisation(settings: Settings) -> list[Finding]:
     """What this machine is, what its KVM is good for, and which target follows from it."""
-    number = load_profile(settings.abi).capability
+    number = interface(settings).capability
     seen = look_here(number)
     extension = seen.extension or "neither SVM nor VMX"
     findings = [
@@ -257,7 +256,7 @@ def examine_host(run: Callable[[str], Answer], *, settings: Settings, qemu: str)
     :param run: runs a shell command there and returns how it ended, also when it failed.
     :param qemu: the QEMU to look at there, a path or a name; empty if none is needed.
     """
-    number = load_profile(settings.abi).capability
+    number = interface(settings).capability
     try:
         seen = look_at(run, [number])
     except InfraError as error:

@@ -20,6 +20,7 @@ from harness.build.series import Series, load_series
 from harness.build.sources import Source, linux_source, unpack
 from harness.build.tree import SourceTree
 from harness.errors import UsageError
+from harness.series.description import FILE_NAME, description_of
 from harness.settings import Settings
 
 __all__ = [
@@ -84,8 +85,7 @@ def build_kernel(settings: Settings) -> KernelBuild:
     if settings.kernel:
         return _built_elsewhere(settings.kernel, root=settings.cache)
     series = load_series(settings.kernel_series)
-    fragments = _fragments(settings.flavour, series)
-    asked = [one for path in fragments for one in kconfig.read_fragment(path)]
+    asked = _asked(settings, series)
     source = linux_source(settings)
     inputs: dict[str, cache.Input] = {
         "source": f"{source.name} {source.version} {source.digest}",
@@ -97,9 +97,7 @@ def build_kernel(settings: Settings) -> KernelBuild:
 
     def make(into: Path) -> None:
         with step("Build kernel") as progress:
-            _make(
-                settings, into, source=source, series=series, fragments=fragments, progress=progress
-            )
+            _make(settings, into, source=source, series=series, asked=asked, progress=progress)
 
     place = cache.entry("kernel", inputs, make, root=settings.cache)
     record = json.loads((place / "build.json").read_text())
@@ -140,15 +138,23 @@ def _built_elsewhere(image: Path, *, root: Path) -> KernelBuild:
     )
 
 
-def _fragments(flavour: str, series: Series) -> list[Path]:
-    names = ["base"]
-    introspection = paths.KERNEL_CONFIG / "introspection.config"
-    # Without the series, or after its first patches only, there is no such option.
-    if series.options() & {one.option for one in kconfig.read_fragment(introspection)}:
-        names.append(introspection.stem)
-    if flavour not in names:
-        names.append(flavour)
-    return [paths.KERNEL_CONFIG / f"{name}.config" for name in names]
+def _asked(settings: Settings, series: Series) -> list[kconfig.Asked]:
+    """The options of the base, of the series, and of the flavour."""
+
+    def fragment(name: str) -> list[kconfig.Asked]:
+        return kconfig.read_fragment(paths.KERNEL_CONFIG / f"{name}.config")
+
+    own = fragment("introspection")
+    if description := description_of(settings):
+        own = [
+            kconfig.Asked(symbol.removeprefix("CONFIG_"), "y", settings.description or FILE_NAME)
+            for symbol in description.config
+        ]
+    # Without the series, or after its first patches only, there are no such options.
+    if not series.options() & {one.option for one in own}:
+        own = []
+    flavour = fragment(settings.flavour) if settings.flavour != "base" else []
+    return [*fragment("base"), *own, *flavour]
 
 
 def compiler() -> str:
@@ -163,7 +169,7 @@ def _make(
     *,
     source: Source,
     series: Series,
-    fragments: list[Path],
+    asked: list[kconfig.Asked],
     progress: Step,
 ) -> None:
     tree = source_tree(settings, source)
@@ -214,11 +220,9 @@ def _make(
         wanted = build / "wanted.config"
         make("tinyconfig", KCONFIG_CONFIG=str(wanted))
         with wanted.open("a") as file:
-            for path in fragments:
-                file.write(path.read_text())
+            file.writelines(f"CONFIG_{one.option}={one.value}\n" for one in asked)
         make("olddefconfig", KCONFIG_CONFIG=str(wanted))
         config = wanted.read_text()
-        asked = [one for path in fragments for one in kconfig.read_fragment(path)]
         kconfig.check(asked, config, tree=tree.src, base=f"{source.name} {source.version}")
         current = build / ".config"
         if not current.exists() or current.read_text() != config:

@@ -88,7 +88,7 @@ class Executor:
         self._sock.settimeout(deadline_s * 4 + 60)
         self.under_way: list[Case] = []
         self.alive = True
-        unhook = profile.ioctls["UNHOOK"].request
+        unhook = profile.ioctl("UNHOOK").request
         parameter = f"/sys/module/kvm/parameters/{profile.module_parameter}"
         self._send(
             config(deadline_s=deadline_s, unhook=unhook, event_message=profile.vcpu_event,

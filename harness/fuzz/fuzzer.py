@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.abi import Codec, Profile
-from harness.errors import ConformanceError, HarnessError, InfraError
+from harness.errors import AbsentError, ConformanceError, HarnessError, InfraError
 from harness.fuzz.calls import CallCases
 from harness.fuzz.executor import Executor
 from harness.fuzz.expect import Rules
@@ -50,6 +50,11 @@ class Fuzzer:
     """Runs cases on a host, whose kernel it asks what it can do."""
 
     def __init__(self, host: Host, *, profile: Profile, cache: Path) -> None:
+        if profile.event_header is None:
+            raise AbsentError(
+                f"the fuzzer does not know the messages of {profile.name}",
+                hint="it attacks kernels that speak v12",
+            )
         self.profile = profile
         self._codec = Codec(profile)
         self.executor = Executor(

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import paramiko
 
-from harness.abi.profile import load_profile
 from harness.build.bundle import build_bundle
 from harness.build.progress import step
 from harness.errors import HarnessError, InfraError, UsageError
@@ -33,6 +32,7 @@ from harness.hosts.kernellog import KernelLog
 from harness.hosts.seen import Seen, look_at
 from harness.hosts.ssh import Keys, RemoteProcess, Shell, login_until
 from harness.hosts.wayback import WayBack
+from harness.series import interface
 
 if TYPE_CHECKING:
     from harness.build.images import Images
@@ -269,7 +269,7 @@ class SshTarget:
 
     def _look(self, control: Shell) -> Seen:
         """Look at the machine: does its kernel have introspection?"""
-        number = load_profile(self._settings.abi).capability
+        number = interface(self._settings).capability
         seen = look_at(lambda command: control.run(command, check=False), [number])
         if "kvm.introspection" not in seen.modules and not seen.kvm.answers.get(str(number)):
             raise UsageError(

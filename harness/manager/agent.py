@@ -677,7 +677,8 @@ class Agent:
             self.op_shutdown({"name": name})
         stuck = []
         for name, vm in list(self.vms.items()):
-            ioctl(vm.fd, request["unhook"])
+            if request["unhook"] is not None:
+                ioctl(vm.fd, request["unhook"])
             if self.op_close_vm({"vm": name, "limit_s": request["limit_s"]}):
                 stuck.append(name)
         for name in list(self.files):

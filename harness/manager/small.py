@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.abi import Codec
-from harness.errors import ConformanceError, DeadlineError
+from harness.errors import AbsentError, ConformanceError, DeadlineError
 from harness.manager.link import AgentLink
 from harness.manager.payloads import MAX_VCPUS, Machine, Mode, Payload, encode
 from harness.manager.smallvm import Slot, SmallVm, errno_name
@@ -83,7 +83,12 @@ class SmallManager:
         return found
 
     def introspection(self, on: bool) -> None:
-        """Switch the module parameter; it is a property of the whole host."""
+        """Switch the module parameter; it is a property of the whole host.
+
+        :raises AbsentError: this version of the interface has none.
+        """
+        if not self.profile.module_parameter:
+            raise AbsentError(f"{self.profile.name} has no module parameter")
         self.write_file(PARAMETER + self.profile.module_parameter, "Y" if on else "N")
 
     def capability(self, number: int, *, on: str = "kvm") -> int:
@@ -181,9 +186,10 @@ class SmallManager:
             its VM was unhooked, its socket shut down and the thread signalled.
         """
         try:
-            stuck = self.link.call(
-                "reset", timeout_s=timeout_s, unhook=self.profile.ioctls["UNHOOK"].request
-            )
+            # Where nothing unhooks, sessions end with their sockets, which are shut down.
+            ends = self.profile.has("ioctl UNHOOK")
+            unhook = self.profile.ioctl("UNHOOK").request if ends else None
+            stuck = self.link.call("reset", timeout_s=timeout_s, unhook=unhook)
         except DeadlineError as error:
             raise ConformanceError(
                 "the device manager does not come out of UNHOOK, though its sockets are shut down"

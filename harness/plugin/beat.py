@@ -10,8 +10,12 @@ import contextlib
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.counters import Counters, SlotWriter, attach, create
+
+if TYPE_CHECKING:
+    from harness.abi import Profile
 
 __all__ = ["COUNTERS", "SLOTS", "Beat", "open_counters"]
 
@@ -24,13 +28,17 @@ SLOTS = 64
 INTERVAL_S = 1.0
 
 
-def open_counters(run_dir: Path) -> Counters:
-    """The run's counter, made if it is not there; safe in several processes at once."""
+def open_counters(run_dir: Path, *, profile: Profile | None = None) -> Counters:
+    """The run's counter, made if it is not there; safe in several processes at once.
+
+    :param profile: whose events are counted, v12's by default.
+    """
     path = run_dir / COUNTERS
     if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         own = path.with_name(f".{COUNTERS}-{os.getpid()}")
-        create(own, slots=SLOTS).close()
+        events = {e.id: e.name for e in profile.event_by_id.values()} if profile else None
+        create(own, slots=SLOTS, events=events).close()
         with contextlib.suppress(FileExistsError):
             path.hardlink_to(own)
         own.unlink()

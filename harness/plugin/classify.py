@@ -9,7 +9,7 @@ an assertion of the tests (``assert``, pytest.fail)    FAIL
 an assertion inside this package                       ERROR
 any other error of ours, or any other exception        ERROR
 ``HostsGivenUp``: no host could be had                 MISS
-``pytest.skip``                                        SKIP
+``pytest.skip``, ``AbsentError``                       SKIP
 =====================================================  =======
 
 The same holds in set-up, call and tear-down: a kernel that refuses to hook in a fixture
@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.errors import ConformanceError, HarnessError, InfraError
+from harness.errors import AbsentError, ConformanceError, HarnessError, InfraError
 from harness.report.model import Outcome, combine
 
 __all__ = ["HostsGivenUp", "Judgement", "classify"]
@@ -73,7 +73,7 @@ def _judge_group(group: BaseExceptionGroup[BaseException]) -> Judgement:
 
 def _outcome(error: pytest.ExceptionInfo[BaseException]) -> Outcome:
     match error.value:
-        case pytest.skip.Exception():
+        case pytest.skip.Exception() | AbsentError():
             return Outcome.SKIP
         case ConformanceError():
             return Outcome.FAIL
@@ -97,6 +97,8 @@ def _reason(error: pytest.ExceptionInfo[BaseException], outcome: Outcome) -> str
     value = error.value
     if isinstance(value, pytest.skip.Exception):
         return value.msg or "skipped without a reason"
+    if isinstance(value, AbsentError):
+        return value.message
     text = value.message if isinstance(value, HarnessError) else str(value)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else ""

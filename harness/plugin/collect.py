@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness.plugin.options import Session
 from harness.plugin.shard import in_part
 from harness.report.model import Planned
+
+if TYPE_CHECKING:
+    from harness.abi import Clause, Profile
 
 __all__ = ["USAGE", "Collect", "TestFacts", "WrongTest", "facts_of"]
 
@@ -35,6 +38,10 @@ class TestFacts:
     clauses: tuple[str, ...]
     description: str
     lifecycle: bool
+    unclaimed: Mapping[str, str]
+    """By clause: what the series does not claim, so that it is not tested."""
+    foreign: frozenset[str]
+    """Clauses that it names and other versions of the interface have."""
 
 
 _FACTS = pytest.StashKey[TestFacts]()
@@ -51,6 +58,7 @@ class Collect:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._known: frozenset[str] | None = None
+        self._held_to: tuple[Profile, Mapping[str, Clause]] | None = None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """``--kvmi-repeat N``: each test N times, with the number in its name."""
@@ -94,11 +102,11 @@ class Collect:
                     )
 
     def known(self) -> frozenset[str]:
-        """All clause ids; read when the first test of ours is met."""
+        """The clause ids of all versions; read when the first test of ours is met."""
         if self._known is None:
-            from harness.abi import load_clauses
+            from harness.abi import all_clauses
 
-            self._known = frozenset(load_clauses())
+            self._known = frozenset(all_clauses())
         return self._known
 
     @pytest.hookimpl(wrapper=True)
@@ -116,11 +124,22 @@ class Collect:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Pick out our tests, apply the choice of clauses, and put long sequences first."""
+        """Pick out our tests, apply the choice of clauses, and put long sequences first.
+
+        Tests of clauses that the version of the interface does not have are none of this run;
+        those of what the series does not claim are skipped.
+        """
+        foreign = []
         for item in items:
             if _is_ours(item):
-                _adopt(item)
+                facts = _adopt(item, *self._interface())
                 self._session.own = True
+                if not facts.clauses and item.get_closest_marker("clause"):
+                    foreign.append(item)
+                elif facts.clauses and facts.unclaimed.keys() >= set(facts.clauses):
+                    reason = "; ".join(dict.fromkeys(facts.unclaimed.values()))
+                    item.add_marker(pytest.mark.skip(reason))
+        _drop(config, items, foreign)
         wanted: list[str] = config.getoption("--kvmi-clause")
         if wanted:
             self._deselect(config, items, wanted)
@@ -133,6 +152,17 @@ class Collect:
         if self._session.own:
             # With several workers the long ones must not be the last to start.
             items.sort(key=lambda item: not ((facts := facts_of(item)) and facts.lifecycle))
+
+    def _interface(self) -> tuple[Profile, Mapping[str, Clause]]:
+        """What the kernel under test is held to; read when the first test of ours is met."""
+        if self._held_to is None:
+            from harness.abi import load_clauses
+            from harness.plugin.inputs import load_run_settings
+            from harness.series import interface
+
+            profile = interface(load_run_settings(self._session.run_dir))
+            self._held_to = profile, load_clauses(profile.name)
+        return self._held_to
 
     def _deselect(
         self, config: pytest.Config, items: list[pytest.Item], patterns: list[str]
@@ -177,16 +207,21 @@ def _is_ours(item: pytest.Item) -> bool:
     )
 
 
-def _adopt(item: pytest.Item) -> None:
+def _adopt(item: pytest.Item, profile: Profile, known: Mapping[str, Clause]) -> TestFacts:
     """Note the test's facts, and hold it to what we hold all of ours to."""
-    clauses = [str(c) for marker in item.iter_markers("clause") for c in marker.args]
+    named = [str(c) for marker in item.iter_markers("clause") for c in marker.args]
+    clauses = [one for one in dict.fromkeys(named) if one in known]
+    unclaimed = {one: known[one].unclaimed(profile) for one in clauses}
     function = getattr(item, "function", None)
     description = (getattr(function, "__doc__", None) or "").strip()
-    item.stash[_FACTS] = TestFacts(
-        clauses=tuple(dict.fromkeys(clauses)),
+    facts = item.stash[_FACTS] = TestFacts(
+        clauses=tuple(clauses),
         description=" ".join(description.partition("\n\n")[0].split()),
         lifecycle=item.get_closest_marker("lifecycle") is not None,
+        unclaimed={one: why for one, why in unclaimed.items() if why},
+        foreign=frozenset(named) - known.keys(),
     )
     # An exception in a finaliser or in a thread of ours would otherwise be a mere warning.
     for category in ("PytestUnraisableExceptionWarning", "PytestUnhandledThreadExceptionWarning"):
         item.add_marker(pytest.mark.filterwarnings(f"error::pytest.{category}"))
+    return facts

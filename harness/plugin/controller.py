@@ -98,6 +98,7 @@ class Controller:
         file = VerdictFile(run_dir)
         if file.empty:
             from harness.plugin.inputs import load_run_settings
+            from harness.series import interface
 
             settings = load_run_settings(
                 run_dir, target=self._session.config.getoption("--kvmi-target")
@@ -107,7 +108,7 @@ class Controller:
                 started=utc_now(),
                 target=settings.target,
                 series=_series(settings),
-                abi=settings.abi,
+                abi=interface(settings).name,
                 rerun="inv conform",
             )
             file.write(self._facts)
@@ -287,9 +288,12 @@ def _clause_verdict(
 ) -> tuple[Outcome, str]:
     """One clause's verdict and reason, from its test's.
 
-    They differ when the test skipped this clause, and when it failed in a step of a sequence
-    that says which clauses it checks: those of earlier steps held, later ones were not met.
+    They differ when the test skipped this clause, or the series does not claim what it is about,
+    and when it failed in a step of a sequence that says which clauses it checks: those of earlier
+    steps held, later ones were not met.
     """
+    if clause in last["unclaimed"]:
+        return Outcome.SKIP, last["unclaimed"][clause]
     if outcome is Outcome.PASS:
         skipped = last["skips"].get(clause)
         return (Outcome.SKIP, skipped) if skipped else (outcome, "")

@@ -282,6 +282,7 @@ class Worker:
                 "notes": state.notes,
                 "seen": state.seen,
                 "skips": state.skips,
+                "unclaimed": dict(state.facts.unclaimed),
                 "held": sorted(state.timeline.held) if state.timeline else [],
                 "blamed": list(state.timeline.blamed) if state.timeline else [],
                 "failed_step": state.timeline.failed_step if state.timeline else "",

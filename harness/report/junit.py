@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from harness.abi import load_clauses
 from harness.report.model import Outcome, RunFacts, Verdict
 from harness.report.view import NO_CLAUSE, RunView
 
@@ -53,7 +52,7 @@ def write_junit(view: RunView, path: Path) -> None:
 
 
 def _case(view: RunView, verdict: Verdict) -> ElementTree.Element:
-    clause = load_clauses().get(verdict.clause or "")
+    clause = view.clauses.get(verdict.clause or "")
     file, _, name = verdict.test.partition("::")
     # Readers take cases of one name for one case.
     where = f" on {verdict.target}" if len(view.targets) > 1 else ""

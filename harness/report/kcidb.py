@@ -11,7 +11,6 @@ import json
 import re
 from typing import Any
 
-from harness.abi import load_clauses
 from harness.report.model import Verdict
 from harness.report.view import NO_CLAUSE, RunView
 
@@ -72,7 +71,7 @@ def _build(view: RunView, build: str) -> dict[str, Any]:
 
 
 def _test(view: RunView, verdict: Verdict, *, build: str, number: int) -> dict[str, Any]:
-    clause = load_clauses().get(verdict.clause or "")
+    clause = view.clauses.get(verdict.clause or "")
     group = _word(clause.group if clause else NO_CLAUSE)
     machine = view.facts.machine
     record: dict[str, Any] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from harness import __version__
 from harness.report.compare import Change, Comparison
 from harness.report.evidence import evidence_files, kind_of, messages_of, text_of
-from harness.report.model import MachineRecord, Outcome, Verdict
+from harness.report.model import MachineRecord, Outcome, RunFacts, Verdict
 from harness.report.view import RunView, TestView
 
 __all__ = ["mail_of", "who_tests", "whole"]
@@ -45,7 +45,7 @@ def who_tests() -> str:
 
 
 def whole(view: RunView) -> bool:
-    """Whether everything that the suite claims of the series was tested, and held.
+    """Whether everything that the suite checks of what the series claims was tested, and held.
 
     Known failures count as what they are, and what was chosen to run as a part.
     """
@@ -74,7 +74,7 @@ def _lines(view: RunView, against: Comparison | None, tester: str) -> Iterator[s
     yield from _groups(view)
     yield from _failures(view)
     if tester and whole(view):
-        yield f"Tested-by: {tester}{_remark(facts.machine)}"
+        yield f"Tested-by: {tester}{_remark(facts.machine, claims=_claims(facts))}"
 
 
 def _what(view: RunView) -> Iterator[str]:
@@ -87,6 +87,9 @@ def _what(view: RunView) -> Iterator[str]:
             version = build.get("release") or build.get("version", "")
             yield from _fact(label, f"{version}, {build.get('series', '')}{number}{base}")
     yield from _fact("interface", facts.abi)
+    if facts.unclaimed:
+        left_out = ", ".join(facts.unclaimed)
+        yield from _fact("", f"but for what the series does not claim: {left_out}")
     machine = facts.machine
     where = ", ".join(
         part for part in (facts.target, machine.virtualisation if machine else "") if part
@@ -229,12 +232,19 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
-def _remark(machine: MachineRecord | None) -> str:
-    """What the line must say beside the name: it was no hardware, or which."""
-    if machine is None:
-        return ""
-    if machine.emulated:
-        return f" # {machine.virtualisation.partition(' (')[0] or 'emulated'}"
-    if machine.hypervisor:
-        return f" # in a virtual machine on {machine.hypervisor}"
-    return f" # {machine.cpu_model}" if machine.cpu_model else ""
+def _claims(facts: RunFacts) -> str:
+    """What was tested, where that is less than the whole interface."""
+    return f"what it claims of {facts.abi}" if facts.unclaimed else ""
+
+
+def _remark(machine: MachineRecord | None, *, claims: str) -> str:
+    """What the line must say beside the name: it was no hardware, or which; and not all."""
+    where = ""
+    if machine is not None and machine.emulated:
+        where = machine.virtualisation.partition(" (")[0] or "emulated"
+    elif machine is not None and machine.hypervisor:
+        where = f"in a virtual machine on {machine.hypervisor}"
+    elif machine is not None:
+        where = machine.cpu_model
+    said = ", ".join(part for part in (claims, where) if part)
+    return f" # {said}" if said else ""

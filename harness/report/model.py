@@ -124,7 +124,8 @@ class RunFacts(
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
     a run was partial on purpose. ``rerun`` is the command that started it, to which
     ``--select`` can be added. ``prepare_s`` is how long building and booting took before.
-    ``shard`` is the part that it ran, as ``1/3``.
+    ``shard`` is the part that it ran, as ``1/3``. ``unclaimed`` is what ``abi`` has and the series
+    does not claim: commands, events and ioctls.
     ``kernel`` and ``qemu`` hold the build's ``key``, ``release`` or ``version``, and of its
     series ``series`` (the id), ``title``, ``patches`` (how many), ``base``, ``message_id`` and
     ``patchset_hash`` (as KCIDB defines it), as far as they are known.
@@ -136,6 +137,7 @@ class RunFacts(
     chosen: str = ""
     series: str = ""
     abi: str = ""
+    unclaimed: list[str] = []
     workers: int = 0
     select: str = ""
     repeat: int = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,11 @@ class RunView:
         """The facts of the run."""
         return self.run.facts
 
+    @property
+    def clauses(self) -> Mapping[str, Clause]:
+        """The clauses of the version of the interface that the series was held to."""
+        return load_clauses(self.facts.abi or "v12")
+
     @functools.cached_property
     def counts(self) -> dict[Outcome, int]:
         """Clauses by verdict."""
@@ -150,7 +155,7 @@ class RunView:
     def groups(self) -> list[GroupView]:
         """All groups of which at least one clause has a verdict, in the interface's order."""
         grouped: dict[str, tuple[list[Row], list[Clause]]] = {}
-        for clause in load_clauses().values():
+        for clause in self.clauses.values():
             rows, uncovered = grouped.setdefault(clause.group, ([], []))
             result = self.results.get(clause.id)
             if result is None:
@@ -160,7 +165,7 @@ class RunView:
         foreign = [
             Row(_foreign(name), result)
             for name, result in self.results.items()
-            if name not in load_clauses()
+            if name not in self.clauses
         ]
         groups = [
             GroupView(title, tuple(rows), tuple(uncovered))
@@ -173,7 +178,7 @@ class RunView:
     def untested_groups(self) -> dict[str, int]:
         """Groups of which no clause has a verdict, with the number of their clauses."""
         totals: dict[str, int] = {}
-        for clause in load_clauses().values():
+        for clause in self.clauses.values():
             totals[clause.group] = totals.get(clause.group, 0) + 1
         for group in self.groups:
             totals.pop(group.title, None)

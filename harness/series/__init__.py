@@ -6,7 +6,13 @@ several, :mod:`~harness.series.forms` tells the forms apart and fetches. What a 
 is told by a :mod:`~harness.series.description`.
 """
 
-from harness.series.description import Description, described, load_description
+from harness.series.description import (
+    Description,
+    description_of,
+    found_beside,
+    interface,
+    load_description,
+)
 from harness.series.forms import FORMS, anchored, fetched
 from harness.series.mail import Kind, Mail, read_mail
 from harness.series.thread import Given, ordered, series_in
@@ -18,8 +24,10 @@ __all__ = [
     "Kind",
     "Mail",
     "anchored",
-    "described",
+    "description_of",
     "fetched",
+    "found_beside",
+    "interface",
     "load_description",
     "ordered",
     "read_mail",

@@ -112,6 +112,7 @@ class Check:
             "target": settings.target,
             "flavour": settings.flavour,
             "abi": settings.abi,
+            "description": settings.description,
             "qemu": load_series(settings.qemu_series).digest,
         }
         key = cache.key_of({"check": json.dumps(what)})[:6]

@@ -10,17 +10,22 @@
     events = ["UNHOOK", …]
     [ioctls]
     HOOK = 0x4018aec8                # request values
+
+These numbers are used instead of the profile's wherever something runs, and what is not
+claimed is not tested. Descriptions of the published series come with this package.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import tomllib
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,7 +33,19 @@ from harness import paths
 from harness.abi import Profile, load_profile, profile_names
 from harness.errors import UsageError
 
-__all__ = ["FILE_NAME", "Description", "described", "load_description", "shipped", "to_toml"]
+if TYPE_CHECKING:
+    from harness.settings import Settings
+
+__all__ = [
+    "FILE_NAME",
+    "Description",
+    "description_of",
+    "found_beside",
+    "interface",
+    "load_description",
+    "shipped",
+    "to_toml",
+]
 
 FILE_NAME = "series.toml"
 _OWN = "linux-6.12"
@@ -46,8 +63,13 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def profile(self) -> Profile:
-        """The interface's version in general."""
-        return load_profile(self.revision)
+        """The interface's version, with these numbers and what is claimed of it."""
+        return load_profile(self.revision).claimed(
+            capability=self.capability,
+            commands=self.commands,
+            events=self.events,
+            requests=self.ioctls,
+        )
 
 
 def shipped() -> list[str]:
@@ -56,36 +78,54 @@ def shipped() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
-def described(series: Path) -> Description | None:
-    """The description of the series in that directory; None if nobody wrote one.
+def found_beside(series: Path) -> str:
+    """Where the series in that directory is described, for :func:`load_description`; empty if
+    nobody wrote a description."""
+    if (series / FILE_NAME).is_file():
+        return str(series / FILE_NAME)
+    return _OWN if series == paths.KERNEL_CONFIG / "linux" else ""
+
+
+def description_of(settings: Settings) -> Description | None:
+    """What the kernel series of the settings says of itself; None if nothing.
 
     :raises UsageError: it is wrong, as of :func:`load_description`.
     """
-    if (series / FILE_NAME).is_file():
-        return load_description(series / FILE_NAME)
-    if series == paths.KERNEL_CONFIG / "linux":
-        return load_description(_OWN)
-    return None
+    which = settings.description or found_beside(Path(settings.kernel_series))
+    return load_description(which) if which else None
 
 
-def load_description(which: Path | str) -> Description:
-    """Read a description: a file, or by name one of :func:`shipped`.
+def interface(settings: Settings) -> Profile:
+    """The interface that the kernel series of the settings is held to.
+
+    That which its description claims; but the whole of a version that the settings demand and
+    the description does not have.
+
+    :raises UsageError: the description is wrong, or there is no such version.
+    """
+    description = description_of(settings)
+    if description and settings.abi in ("", description.revision):
+        return description.profile
+    return load_profile(settings.abi or "v12")
+
+
+@functools.cache
+def load_description(which: str) -> Description:
+    """Read a description: a file's path, or the name of one of :func:`shipped`. Once.
 
     :raises UsageError: no such file or name; or a key, value or name in it that is wrong. The
         message names the file and what is wrong in it.
     """
-    if isinstance(which, str):
-        if which not in shipped():
-            raise UsageError(
-                f"no description {which} comes with this package",
-                hint=f"there are {', '.join(shipped())}; or name a file",
-            )
+    if which in shipped():
         text = resources.files(__package__).joinpath(f"{which}.toml").read_text()
     else:
         try:
-            text = which.read_text(encoding="utf-8")
+            text = Path(which).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the description {which} cannot be read: {error}") from error
+            raise UsageError(
+                f"the description {which} cannot be read: {error}",
+                hint=f"name a file, or one that comes with this package: {', '.join(shipped())}",
+            ) from error
     try:
         description = msgspec.convert(tomllib.loads(text), Description)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
@@ -104,7 +144,7 @@ def load_description(which: Path | str) -> Description:
 def _faults(one: Description) -> list[str]:
     if one.revision not in profile_names():
         return [f"revision is {one.revision!r}, not one of {', '.join(profile_names())}"]
-    profile = one.profile
+    profile = load_profile(one.revision)
     faults = [
         *_strangers("commands", one.commands, profile.commands),
         *_strangers("events", one.events, profile.events),

@@ -9,6 +9,8 @@ import json
 import pytest
 from plugin_suite import Suite
 
+from harness.series.description import load_description, to_toml
+
 pytest_plugins = ["pytester"]
 
 both_ways = pytest.mark.parametrize(
@@ -367,3 +369,81 @@ def test_by_hand(pytester: pytest.Pytester) -> None:
     with (latest / "verdicts.jsonl").open() as lines:
         assert [json.loads(line)["kind"] for line in lines] == ["run", "verdict", "end"]
     result.stdout.fnmatch_lines(["kvmi: 1 PASS -> *"])
+
+
+def _claims(suite: Suite, revision: str, **changes: str) -> None:
+    """Give the suite a series that is described."""
+    text = to_toml(load_description(revision))
+    for old, new in changes.items():
+        assert f'"{old}",' in text
+        text = text.replace(f'"{old}",', new, 1)
+    (suite.pytester.path / "series.toml").write_text(text)
+    (suite.pytester.path / "kvmi-harness.toml").write_text('description = "series.toml"')
+
+
+OF_ALL_KINDS = """
+@pytest.mark.clause("HOOK-OK")
+def test_common(): pass
+@pytest.mark.clause("CLEANUP-OK")
+def test_of_v12(): pass
+@pytest.mark.clause("MAXGFN-OK")
+def test_of_v7(): pass
+@pytest.mark.clause("HOOK-OK", "CLEANUP-OK")
+def test_of_both(clauses): clauses.skip("CLEANUP-OK", "not here")
+@pytest.mark.clause("READPHYS-OK")
+def test_reading(): assert False
+@pytest.mark.clause("HOOK-ABI", "READPHYS-EINVAL-ZERO")
+def test_more(): assert False
+@pytest.mark.clause("EVT-RETRY")
+def test_asks(profile): profile.command("VM_READ_PHYSICAL")
+@pytest.mark.clause("EVT-CRASH")
+def test_older(profile): profile.ioctl("UNHOOK"), profile.event("CREATE_VCPU")
+@pytest.mark.clause("EVT-CONTINUE")
+def test_nowhere(profile): profile.event("FLIGHT")
+"""
+
+
+@both_ways
+def test_clauses_of_another_version(suite: Suite, options: tuple[str, ...]) -> None:
+    """A run is about the clauses of one version; what only another has is none of it."""
+    _claims(suite, "v7")
+    suite.run(OF_ALL_KINDS, *options)
+    found = {(r["test"].partition("::")[2], r["clause"]): r["verdict"] for r in suite.records()}
+    assert found == {
+        ("test_common", "HOOK-OK"): "PASS",
+        ("test_of_v7", "MAXGFN-OK"): "PASS",
+        ("test_of_both", "HOOK-OK"): "PASS",
+        ("test_reading", "READPHYS-OK"): "FAIL",
+        ("test_more", "HOOK-ABI"): "FAIL",
+        ("test_more", "READPHYS-EINVAL-ZERO"): "FAIL",
+        ("test_asks", "EVT-RETRY"): "PASS",
+        ("test_older", "EVT-CRASH"): "PASS",
+        ("test_nowhere", "EVT-CONTINUE"): "ERROR",
+    }
+    assert suite.records("run")[0]["abi"] == "v7"
+
+
+@both_ways
+def test_what_is_not_claimed_is_skipped(suite: Suite, options: tuple[str, ...]) -> None:
+    """Clauses of commands that the series does not claim are SKIP, never FAIL."""
+    _claims(suite, "linux-6.12", VM_READ_PHYSICAL="")
+    suite.run(OF_ALL_KINDS, *options)
+    records = {(r["test"].partition("::")[2], r["clause"]): r for r in suite.records()}
+    assert {key: record["verdict"] for key, record in records.items()} == {
+        ("test_common", "HOOK-OK"): "PASS",
+        ("test_of_v12", "CLEANUP-OK"): "PASS",
+        ("test_of_both", "HOOK-OK"): "PASS",
+        ("test_of_both", "CLEANUP-OK"): "SKIP",
+        ("test_reading", "READPHYS-OK"): "SKIP",
+        ("test_more", "HOOK-ABI"): "FAIL",
+        ("test_more", "READPHYS-EINVAL-ZERO"): "SKIP",
+        ("test_asks", "EVT-RETRY"): "SKIP",
+        ("test_older", "EVT-CRASH"): "SKIP",
+        ("test_nowhere", "EVT-CONTINUE"): "ERROR",
+    }
+    for test, clause in (("test_reading", "READPHYS-OK"), ("test_more", "READPHYS-EINVAL-ZERO")):
+        assert records[test, clause]["reason"] == "not claimed: VM_READ_PHYSICAL"
+    assert (
+        records["test_asks", "EVT-RETRY"]["reason"] == "not claimed: the command VM_READ_PHYSICAL"
+    )
+    assert records["test_older", "EVT-CRASH"]["reason"] == "v12 has no event CREATE_VCPU"

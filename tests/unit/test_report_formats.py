@@ -247,6 +247,21 @@ def test_tested_by_says_on_what(tmp_path: Path, machine: MachineRecord, line: st
     assert "Tested-by" not in mail_of(view_of(load_run(run)))
 
 
+def test_tested_by_speaks_of_what_was_claimed(tmp_path: Path) -> None:
+    """What the series does not claim is named, and the line does not vouch for it."""
+    verdicts = (
+        verdict("HOOK-OK", "PASS"),
+        verdict("SETPAGE-OK", "SKIP", reason="not claimed: VM_SET_PAGE_ACCESS"),
+    )
+    unclaimed = ["VM_SET_PAGE_ACCESS", "event PF"]
+    run = make_run(tmp_path / "part", *verdicts, unclaimed=unclaimed, machine=METAL)
+    text = mail_of(view_of(load_run(run)), tester=TESTER)
+    claimed = "interface v12 but for what the series does not claim: VM_SET_PAGE_ACCESS, event PF"
+    assert claimed in " ".join(text.split())
+    assert "SETPAGE-OK: not claimed: VM_SET_PAGE_ACCESS" in text
+    assert text.endswith(f"Tested-by: {TESTER} # what it claims of v12, AMD EPYC 9754\n")
+
+
 @pytest.mark.parametrize(
     "spoilt", ["FAIL", "ERROR", "MISS", "select", "shard", "skipped", "early", "known"]
 )

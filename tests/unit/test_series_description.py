@@ -17,7 +17,8 @@ from harness.errors import UsageError
 from harness.series.describe import derive
 from harness.series.description import (
     Description,
-    described,
+    found_beside,
+    interface,
     load_description,
     shipped,
     to_toml,
@@ -31,8 +32,10 @@ def test_shipped_descriptions_fit_their_profiles() -> None:
     assert set(shipped()) == {"linux-6.12", "v12", "v7", "v6"}
     for name in shipped():
         one = load_description(name)
-        assert set(one.commands) == set(one.profile.commands)
-        assert one.ioctls == {key: i.request for key, i in one.profile.ioctls.items()}
+        whole = load_profile(one.revision)
+        assert set(one.commands) == set(whole.commands)
+        assert one.ioctls == {key: i.request for key, i in whole.ioctls.items()}
+        assert one.profile.unclaimed == ()
     assert load_description("v12").capability == 206
     assert load_description("v6").revision == "v6"
 
@@ -41,9 +44,9 @@ def test_a_description_is_written_and_read_back(tmp_path: Path) -> None:
     one = load_description("v7")
     file = tmp_path / "series.toml"
     file.write_text(to_toml(one))
-    assert load_description(file) == one
-    assert described(tmp_path) == one
-    assert described(tmp_path / "none") is None
+    assert load_description(str(file)) == one
+    assert found_beside(tmp_path) == str(file)
+    assert found_beside(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(
@@ -69,21 +72,23 @@ def test_what_is_wrong_is_named_with_its_file(
     file = tmp_path / "series.toml"
     file.write_text(text.replace(old, new, 1))
     with pytest.raises(UsageError, match=complaint) as caught:
-        load_description(file)
+        load_description(str(file))
     assert str(file) in caught.value.message
 
 
 def test_names_and_files_that_are_not_there() -> None:
-    with pytest.raises(UsageError, match="no description v11"):
+    with pytest.raises(UsageError, match="v11 cannot be read") as caught:
         load_description("v11")
+    assert "v12, v6, v7" in caught.value.hint
     with pytest.raises(UsageError, match="cannot be read"):
-        load_description(Path("/nonexistent/series.toml"))
+        load_description("/nonexistent/series.toml")
 
 
 def test_a_description_beside_the_patches_chooses_the_interface(tmp_path: Path) -> None:
     (tmp_path / "series.toml").write_text(to_toml(load_description("v7")))
     settings = load_settings(kernel_series=tmp_path, qemu_series=tmp_path, cache=tmp_path)
     assert with_series(settings).abi == "v7"
+    assert interface(with_series(settings)).capability == 180
 
 
 def _headers(place: Path) -> Path:
