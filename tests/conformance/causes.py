@@ -47,14 +47,11 @@ class Cause:
     :ivar payload: what the guest has to run. :ivar bring: makes the event come, once per
         call, on that vCPU. :ivar over: checks the mailbox of a guest that got over it as if
         nobody had been asked; gets the VM too.
-    :ivar number: the event's id. :ivar size: that of its message's payload.
     """
 
     payload: str
     bring: Callable[[SmallVm, Session, int], None]
     over: Callable[[SmallVm, Words, int], None]
-    number: int
-    size: int
 
 
 def select_cr(session: Session, cr: int, *, vcpu: int = 0, on: bool = True) -> None:
@@ -154,15 +151,15 @@ def _delivered(vm: SmallVm, _words: Words, vcpu: int) -> None:
 
 
 CAUSES = {
-    "PAUSE": Cause("calls", _pause, _called(0), 1, 552),
-    "HYPERCALL": Cause("calls", _hypercall, _called(0), 3, 552),
-    "BREAKPOINT": Cause("calls", _breakpoint, _called(1), 5, 568),
-    "CR": Cause("system", _cr, _result(CR4_PAE | CR4_DE), 7, 576),
-    "TRAP": Cause("system", _trap, _delivered, 9, 568),
-    "XSETBV": Cause("system", _xsetbv, _result(3), 11, 576),
-    "DESCRIPTOR": Cause("system", _descriptor, _stored, 13, 560),
-    "MSR": Cause("system", _msr, _result(0x2000), 15, 576),
-    "PF": Cause("access", _pf, _written, 17, 576),
+    "PAUSE": Cause("calls", _pause, _called(0)),
+    "HYPERCALL": Cause("calls", _hypercall, _called(0)),
+    "BREAKPOINT": Cause("calls", _breakpoint, _called(1)),
+    "CR": Cause("system", _cr, _result(CR4_PAE | CR4_DE)),
+    "TRAP": Cause("system", _trap, _delivered),
+    "XSETBV": Cause("system", _xsetbv, _result(3)),
+    "DESCRIPTOR": Cause("system", _descriptor, _stored),
+    "MSR": Cause("system", _msr, _result(0x2000)),
+    "PF": Cause("access", _pf, _written),
 }
 """By the event's name."""
 

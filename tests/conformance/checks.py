@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from harness.abi import Profile
+from harness.abi import Codec, Command, Event, Profile
 from harness.errors import ConformanceError, SessionClosed
 from harness.manager.small import SmallManager
 from harness.manager.smallvm import SmallVm
@@ -28,11 +28,17 @@ __all__ = [
     "continues",
     "enable",
     "ends_dead",
+    "event_size",
+    "gone",
+    "near_misses",
     "next_event_of",
+    "reply_size",
     "requires",
     "silent",
     "supported_commands",
     "supported_events",
+    "trap_of",
+    "unwanted",
 ]
 
 ALWAYS_ALLOWED = {"GET_VERSION", "VM_CHECK_COMMAND", "VM_CHECK_EVENT"}
@@ -50,8 +56,9 @@ class Message(NamedTuple):
 class RawTool:
     """A tool that writes and reads bytes itself, for tests of the message layer."""
 
-    def __init__(self, sock: socket.socket, *, patience: float = 1.0) -> None:
+    def __init__(self, sock: socket.socket, *, codec: Codec, patience: float = 1.0) -> None:
         self.socket = sock
+        self._codec = codec
         self._patience = patience
 
     def send(self, id: int, payload: bytes = b"", *, seq: int, size: int | None = None) -> None:
@@ -75,6 +82,10 @@ class RawTool:
                 f"expected a reply with id {id} and seq {seq}, got id {reply.id} seq {reply.seq}"
             )
         return reply.payload
+
+    def command(self, name: str, *, seq: int, **fields: Any) -> bytes:
+        """:meth:`ask` a command that is well formed."""
+        return self.ask(*self._codec.encode_command(name, **fields), seq=seq)
 
     def ended(self, *, timeout_s: float = 5.0) -> None:
         """Check that the kernel closed the socket without another byte."""
@@ -127,16 +138,18 @@ def all_fail(
         one.reply(10).fails(error)
 
 
-def _errors(session: Session, command: str, names: Iterable[str]) -> dict[str, str | None]:
-    """By name: what a query for it answers."""
-    pending = {name: session.send(command, id=name) for name in names}
+def _errors(
+    session: Session, query: str, known: Mapping[str, Command] | Mapping[str, Event]
+) -> dict[str, str | None]:
+    """By name (v12's): what a query for it answers."""
+    pending = {one.common: session.send(query, id=one.id) for one in known.values()}
     return {name: one.reply(10).error for name, one in pending.items()}
 
 
 def supported_commands(session: Session, profile: Profile) -> set[str]:
     """Names of the commands that this kernel has."""
     errors = _errors(session, "VM_CHECK_COMMAND", profile.commands)
-    return {name for name, error in errors.items() if error != "KVM_ENOENT"}
+    return {name for name, error in errors.items() if error != profile.unknown_query}
 
 
 def allowed_commands(session: Session, profile: Profile) -> set[str]:
@@ -148,7 +161,7 @@ def allowed_commands(session: Session, profile: Profile) -> set[str]:
 def supported_events(session: Session, profile: Profile) -> set[str]:
     """Names of the events that this kernel has."""
     errors = _errors(session, "VM_CHECK_EVENT", profile.events)
-    return {name for name, error in errors.items() if error != "KVM_ENOENT"}
+    return {name for name, error in errors.items() if error != profile.unknown_query}
 
 
 def allowed_events(session: Session, profile: Profile) -> set[str]:
@@ -159,10 +172,11 @@ def allowed_events(session: Session, profile: Profile) -> set[str]:
 
 def requires(session: Session, *, command: str = "", event: str = "") -> None:
     """Skip the test's clauses if the kernel says that it lacks that command or event."""
-    if command and session.command("VM_CHECK_COMMAND", id=command).error == "KVM_ENOENT":
-        skip_clause(f"this kernel has no {command} (VM_CHECK_COMMAND answers KVM_ENOENT)")
-    if event and session.command("VM_CHECK_EVENT", id=event).error == "KVM_ENOENT":
-        skip_clause(f"this kernel has no {event} event (VM_CHECK_EVENT answers KVM_ENOENT)")
+    lacks = session.profile.unknown_query
+    if command and session.command("VM_CHECK_COMMAND", id=command).error == lacks:
+        skip_clause(f"this kernel has no {command} (VM_CHECK_COMMAND answers {lacks})")
+    if event and session.command("VM_CHECK_EVENT", id=event).error == lacks:
+        skip_clause(f"this kernel has no {event} event (VM_CHECK_EVENT answers {lacks})")
 
 
 def enable(session: Session, event: str, *, vcpu: int = 0, on: bool = True) -> None:
@@ -173,11 +187,54 @@ def enable(session: Session, event: str, *, vcpu: int = 0, on: bool = True) -> N
 def next_event_of(session: Session, kind: str, *, vcpu: int = 0) -> EventMessage:
     """Wait for the next event, which has to be of that kind and from that vCPU."""
     event = session.next_event(timeout_s=5)
-    if event.name != kind or event.vcpu != vcpu:
+    if event.name != session.profile.event(kind).name or event.vcpu != vcpu:
         raise ConformanceError(
             f"expected a {kind} event of vCPU {vcpu}, got {event.name} of vCPU {event.vcpu}"
         )
     return event
+
+
+def trap_of(event: EventMessage) -> tuple[int, int, int]:
+    """Vector, error code and address of a TRAP event; versions call them differently."""
+    vector, error_code, address = (
+        value for name, value in event.fields.items() if not name.startswith("padding")
+    )
+    return vector, error_code, address
+
+
+def event_size(profile: Profile, name: str) -> int:
+    """Bytes of the payload of a message that carries such an event."""
+    event, header = profile.event(name), profile.event_header
+    size = header.size if header else 0
+    if event.is_vcpu or header is None:
+        size += profile.event_common.size
+    return size + (event.payload.size if event.payload else 0)
+
+
+def reply_size(profile: Profile, name: str) -> int:
+    """Bytes of the payload of a reply to such a command, when it succeeds."""
+    reply = profile.command(name).reply
+    return 8 + (reply.size if reply else 0)
+
+
+def near_misses(request: int) -> list[int]:
+    """Requests of ioctls that differ from this one in direction or size only."""
+    if not request >> 16:
+        return [request | 0x4008_0000]
+    size = 4 << 16
+    return [request & 0xFFFF, request ^ 0xC000_0000, request - size, request + size]
+
+
+def unwanted(vm: SmallVm) -> str:
+    """What PREUNHOOK answers while the tool has not enabled the event."""
+    errors = vm.manager.profile.ioctl("PREUNHOOK").errors
+    return "ENOENT" if "ENOENT" in errors else "OK"
+
+
+def gone(vm: SmallVm) -> str:
+    """What PREUNHOOK answers when the tool is gone."""
+    errors = vm.manager.profile.ioctl("PREUNHOOK").errors
+    return "ENOENT" if "ENOENT" in errors else "EFAULT"
 
 
 def ends_dead(manager: SmallManager, vm: SmallVm) -> None:

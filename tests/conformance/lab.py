@@ -84,7 +84,7 @@ class Lab:
             assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
         else:
             assert vm.hook(fd) == "OK"
-        raw = RawTool(sock, patience=self.manager.host.patience)
+        raw = RawTool(sock, codec=self.codec, patience=self.manager.host.patience)
         self._open.append(raw)
         return raw
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from causes import CR4_DE, CR4_OSXSAVE, CR4_PAE, LSTAR, cause, pair_for
-from checks import continues, enable, next_event_of, requires, silent, supported_events
+from checks import continues, enable, next_event_of, requires, silent, supported_events, unwanted
 from lab import Lab
 from userspace import debug
 
@@ -137,6 +137,8 @@ def test_enable_above_one(vm: SmallVm, session: Session) -> None:
 @pytest.mark.parametrize("event", [21, 23, 31, 33, 63, 65, 0x101, 0x8001, 0xFFFF, 2, 4, 0xFFFE])
 def test_unknown(vm: SmallVm, session: Session, event: int) -> None:
     """An event id that is not known answers KVM_EINVAL, for enabling and disabling."""
+    if event in session.profile.event_by_id:
+        skip_clause(f"{session.profile.name} has an event {event}")
     vm.run()
     for value in (1, 0):
         session.command("VCPU_CONTROL_EVENTS", event_id=event, enable=value).fails("KVM_EINVAL")
@@ -154,7 +156,7 @@ def test_vm_event(vm: SmallVm, session: Session) -> None:
                 "KVM_EINVAL"
             )
     assert vm.event("UNHOOK", 1) == "OK"
-    assert vm.preunhook() == "ENOENT"
+    assert vm.preunhook() == unwanted(vm)
     silent(session)
 
 

@@ -20,7 +20,17 @@ from causes import (
     select_cr,
     went_on,
 )
-from checks import RawTool, continues, enable, ends_dead, next_event_of, silent
+from checks import (
+    RawTool,
+    continues,
+    enable,
+    ends_dead,
+    event_size,
+    gone,
+    next_event_of,
+    reply_size,
+    silent,
+)
 from lab import Lab
 
 from harness.abi import Profile
@@ -50,29 +60,36 @@ def _session_over(lab: Lab, vm: SmallVm, session: Session, name: str) -> None:
     session.expect_close(timeout_s=5)
     ends_dead(lab.manager, vm)
     went_on(vm, name)
-    assert vm.preunhook() == "ENOENT"
+    assert vm.preunhook() == gone(vm)
 
 
 @pytest.mark.clause("EVT-VM-ID")
 def test_vm_event_layout(lab: Lab, vm: SmallVm) -> None:
-    """The VM event has message id 0 and is event(u16) = 0 and three u16 of padding."""
+    """The VM event is its header alone: event(u16) = 0 and padding; before v12, the common part."""
     tool = lab.raw(vm)
-    assert tool.ask(10, struct.pack("<HBBI", 0, 1, 0, 0), seq=1) == bytes(8)
+    assert tool.command("VM_CONTROL_EVENTS", seq=1, event_id="UNHOOK", enable=1) == bytes(8)
     assert vm.preunhook() == "OK"
     event = tool.receive()
-    assert (event.id, event.payload) == (0, bytes(8))
+    whole = bytes(8) if lab.profile.event_header else struct.pack("<HHB539x", 544, 0, 0)
+    assert (event.id, event.payload) == (lab.profile.vm_event, whole)
 
 
 @pytest.mark.clause("EVT-VCPU-ID")
 @pytest.mark.parametrize("name", NAMES)
 def test_vcpu_event_layout(lab: Lab, name: str) -> None:
-    """A vCPU event has message id 1, event and padding, 544 bytes in common, then its own."""
+    """A vCPU event has message id 1, event and padding, 544 bytes in common, then its own.
+
+    Before v12 the 544 bytes in common come first, and have the event's id among them.
+    """
+    number = lab.profile.event(name).id
     vm, session = pair_for(lab, name)
     bring(vm, session, name)
     event = session.next_event(timeout_s=5)
-    assert (event.id, len(event.payload)) == (1, CAUSES[name].size)
-    assert struct.unpack_from("<4H", event.payload) == (CAUSES[name].number, 0, 0, 0)
-    assert struct.unpack_from("<HH", event.payload, 8) == (544, 0)
+    assert (event.id, len(event.payload)) == (1, event_size(lab.profile, name))
+    if lab.profile.event_header:
+        assert struct.unpack_from("<4HHH", event.payload) == (number, 0, 0, 0, 544, 0)
+    else:
+        assert struct.unpack_from("<HHB", event.payload) == (544, 0, number)
 
 
 @pytest.mark.clause("EVT-VCPU-COMMON")
@@ -99,7 +116,8 @@ def test_common_part(lab: Lab, name: str, clauses: Any) -> None:
     assert event.regs.r15 == 0x200
     if name == "XSETBV":
         sregs = sregs[:248] + struct.pack("<Q", CR4_PAE | CR4_OSXSAVE) + sregs[256:]
-    assert event.payload[8 + 8 + 152 :][: len(sregs)] == sregs
+    start = lab.profile.event_header.size if lab.profile.event_header else 0
+    assert event.payload[start + 8 + 152 :][: len(sregs)] == sregs
     assert event.msrs.efer == 0x500
     for field, (number, value) in MSR_VALUES.items():
         if name != "MSR" or number != LSTAR:
@@ -269,20 +287,21 @@ def test_reply_layout(lab: Lab) -> None:
     vm = lab.vm(vcpus=2)
     tool: RawTool = lab.raw(vm)
     vm.run()
-    enable_breakpoint = struct.pack("<HHIHBBI", 1, 0, 0, 5, 1, 0, 0)
-    assert tool.ask(5, enable_breakpoint, seq=1) == bytes(8)
+    wanted = {"vcpu": 1, "event_id": "BREAKPOINT", "enable": 1}
+    assert tool.command("VCPU_CONTROL_EVENTS", seq=1, **wanted) == bytes(8)
+    id, number = lab.profile.event_reply, lab.profile.event("BREAKPOINT").id
     vm.call_out(1, kind=1, vcpu=1)
     event = tool.receive()
     # RETRY is the action that only the right byte can mean: the breakpoint comes again.
-    retry = struct.pack("<HHI", 1, 0, 0) + struct.pack("<BBHI", 1, 5, 0, 0)
-    tool.send(1, retry, seq=event.seq)
+    retry = struct.pack("<HHI", 1, 0, 0) + struct.pack("<BBHI", 1, number, 0, 0)
+    tool.send(id, retry, seq=event.seq)
     again = tool.receive()
     assert again.payload[:8] == event.payload[:8]
     assert vm.word("traps", vcpu=1) == 0
-    proceed = struct.pack("<HHI", 1, 0, 0) + struct.pack("<BBHI", 0, 5, 0, 0)
-    tool.send(1, proceed, seq=again.seq)
+    proceed = struct.pack("<HHI", 1, 0, 0) + struct.pack("<BBHI", 0, number, 0, 0)
+    tool.send(id, proceed, seq=again.seq)
     vm.wait_word("traps", 1, vcpu=1)
-    assert len(tool.ask(2, seq=2)) == 24
+    assert len(tool.ask(2, seq=2)) == reply_size(lab.profile, "GET_VERSION")
 
 
 @pytest.mark.clause("EVRPL-SHORT-OK")
@@ -359,7 +378,9 @@ def test_unsolicited(lab: Lab, seq: int) -> None:
     """A reply for a vCPU that waits for none closes the socket."""
     vm, session = lab.pair()
     vm.progresses()
-    session.send_raw(1, struct.pack("<HHIBBHI", 0, 0, 0, 0, 3, 0, 0), seq=seq)
+    number = lab.profile.event("HYPERCALL").id
+    reply = struct.pack("<HHIBBHI", 0, 0, 0, 0, number, 0, 0)
+    session.send_raw(lab.profile.event_reply, reply, seq=seq)
     session.expect_close(timeout_s=5)
     ends_dead(lab.manager, vm)
     vm.progresses()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from causes import can_come, cause, pair_for
-from checks import all_fail, continues, enable, next_event_of, requires, silent
+from checks import all_fail, continues, enable, next_event_of, requires, silent, trap_of
 from lab import Lab
 
 from harness.manager.payloads import MAILBOX_WORDS, STACK_STEP, STACKS, mailbox
@@ -32,7 +32,7 @@ def _inject(session: Session, nr: int, error_code: int = 0, address: int = 0, *,
 
 def _trap(session: Session, nr: int, error_code: int = 0, *, vcpu: int = 0) -> EventMessage:
     event = next_event_of(session, "TRAP", vcpu=vcpu)
-    assert (event.fields.nr, event.fields.error_code) == (nr, error_code)
+    assert trap_of(event)[:2] == (nr, error_code)
     return event
 
 
@@ -141,7 +141,7 @@ def test_on_the_vcpu_asked_for(lab: Lab) -> None:
     _inject(session, PROTECTION, 0x30, vcpu=2)
     vm.progresses(vcpu=0)
     events = [session.next_event(timeout_s=5) for _ in range(2)]
-    found = {(event.name, event.vcpu, event.fields.nr, event.fields.error_code) for event in events}
+    found = {(event.name, event.vcpu, *trap_of(event)[:2]) for event in events}
     assert found == {("TRAP", 1, DIVIDE, 0), ("TRAP", 2, PROTECTION, 0x30)}
     for event in events:
         session.answer(event)
@@ -157,7 +157,7 @@ def test_page_fault(lab: Lab, code: int) -> None:
     vm, session = pair_for(lab, "TRAP")
     _inject(session, PAGE_FAULT, code, ADDRESS)
     event = _trap(session, PAGE_FAULT, code)
-    assert event.fields.address == ADDRESS
+    assert trap_of(event)[2] == ADDRESS
     session.answer(event)
     assert _seen(vm, PAGE_FAULT)[0] == code
     assert vm.word("fault_cr2") == ADDRESS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from checks import continues, enable, ends_dead, requires
+from checks import continues, enable, ends_dead, event_size, near_misses, reply_size, requires
 from lab import Lab
 from slabs import ROUNDS, leaves_nothing
 
@@ -17,7 +17,6 @@ from harness.manager.smallvm import SmallVm, errno_name
 from harness.plugin import skip_clause
 from harness.tool import Session
 
-UNHOOK = 0xAEC9
 # A kernel thread is still listed for a moment after whoever stopped it was told so.
 THREAD_GONE_S = 2.0
 
@@ -29,12 +28,14 @@ def _kernel_threads(manager: SmallManager) -> set[str]:
 
 @pytest.mark.clause("UNHOOK-ABI")
 def test_abi(lab: Lab, vm: SmallVm) -> None:
-    """Request 0xAEC9 unhooks, whatever stands where other requests have an argument."""
+    """Its request unhooks, whatever stands where other requests have an argument."""
+    request = lab.profile.ioctl("UNHOOK").request
     for argument in ({}, {"value": 0xDEAD_BEEF}, {"bad": "unmapped"}):
         session = lab.hook(vm)
-        assert vm.request(0x4008AEC9, argument, what="0x4008AEC9") == "ENOTTY"
+        for near_miss in near_misses(request):
+            assert vm.request(near_miss, argument, what=f"{near_miss:#x}") == "ENOTTY"
         continues(session)
-        assert vm.request(UNHOOK, argument, what="UNHOOK") == "OK"
+        assert vm.request(request, argument, what="UNHOOK") == "OK"
         session.expect_close(timeout_s=5)
 
 
@@ -199,7 +200,7 @@ def _life(lab: Lab, vm: SmallVm) -> _Life:
     lab.manager.close_fd(name + ".peer")
     peer = name + ".peer"
     commands: list[tuple[str, dict[str, Any], int | None]] = [
-        ("GET_VERSION", {}, 24),
+        ("GET_VERSION", {}, reply_size(lab.profile, "GET_VERSION")),
         ("VM_READ_PHYSICAL", {"gpa": 0x20000, "size": 4096}, 8 + 4096),
         ("VM_WRITE_PHYSICAL", {"gpa": 0x20000, "data": b"x" * 64}, 8),
         ("VCPU_GET_REGISTERS", {"vcpu": 0, "nmsrs": 0}, 480),
@@ -208,7 +209,7 @@ def _life(lab: Lab, vm: SmallVm) -> _Life:
         ("VM_PAUSE_VCPU", {"vcpu": 2, "wait": 0}, 8),
         ("VM_PAUSE_VCPU", {"vcpu": 1, "wait": 0}, 8),
     ]
-    pause_event = 8 + 552
+    pause_event = 8 + event_size(lab.profile, "PAUSE")
     stream = b"".join(
         codec.frame(*codec.encode_command(command, **fields), seq)
         for seq, (command, fields, _) in enumerate(commands)

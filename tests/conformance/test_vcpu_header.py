@@ -55,13 +55,18 @@ def test_layout(lab: Lab) -> None:
     vm = lab.vm(vcpus=2)
     tool = lab.raw(vm)
     vm.run(1)
-    enable_hypercall = struct.pack("<HHIHBBI", 1, 0, 0, 3, 1, 0, 0)
-    assert tool.ask(5, enable_hypercall, seq=1) == bytes(8)
+    control, get_info, event = (
+        lab.profile.command("VCPU_CONTROL_EVENTS").id,
+        lab.profile.command("VCPU_GET_INFO").id,
+        lab.profile.event("HYPERCALL").id,
+    )
+    enable_hypercall = struct.pack("<HHIHBBI", 1, 0, 0, event, 1, 0, 0)
+    assert tool.ask(control, enable_hypercall, seq=1) == bytes(8)
     vm.call_out(1, vcpu=1)
-    event = tool.receive()
-    assert struct.unpack_from("<HH", event.payload, 8)[1] == 1
+    start = lab.profile.event_header.size if lab.profile.event_header else 0
+    assert struct.unpack_from("<HH", tool.receive().payload, start)[1] == 1
     for wrong in (struct.pack("<HHI", 1, 1, 0), struct.pack("<HHI", 1, 0, 1)):
-        assert tool.ask(3, wrong, seq=2) == struct.pack("<iI", EINVAL, 0)
+        assert tool.ask(get_info, wrong, seq=2) == struct.pack("<iI", EINVAL, 0)
 
 
 @pytest.mark.clause("VCPUHDR-EINVAL-PADDING")
