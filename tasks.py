@@ -79,6 +79,8 @@ _OPTIONS = {
     "qemu_base": "likewise, for QEMU's patches",
     "flavour": "kernel configuration fragment on top of base",
     "kernel": "a bzImage that was built elsewhere, instead of the series",
+    "abi": "version of the interface: v12, v7, v6 (default: what the series is described to speak)",
+    "description": "what the series speaks: a TOML file, or v12, v7, v6 (default: its series.toml)",
     "reports": "directory of the reports",
     "select": "only these clauses (patterns), tests, or pytest's -k expression; of fuzz: a case",
     "messages": "so many messages, at least",
@@ -357,6 +359,8 @@ def conform(
     kernel_base: str | None = None,
     qemu_base: str | None = None,
     flavour: str | None = None,
+    abi: str | None = None,
+    description: str | None = None,
     kernel: str | None = None,
     reports: str | None = None,
     shard: str | None = None,
@@ -396,6 +400,8 @@ def series_check(
     kernel_base: str | None = None,
     qemu_base: str | None = None,
     flavour: str | None = None,
+    abi: str | None = None,
+    description: str | None = None,
     reports: str | None = None,
 ) -> int:
     """Judge a series patch by patch: applies, builds, boots, checkers, clauses."""
@@ -471,6 +477,14 @@ def mutants(_context: Context, select: str | None = None) -> int:
     from harness.mutants import run
 
     return run(_ready(), select=select)
+
+
+@_task()
+def revisions(_context: Context, select: str | None = None, reports: str | None = None) -> int:
+    """Hold variants of the series that speak older revisions of the interface to the suite."""
+    from harness.revisions import run
+
+    return run(_ready(reports=reports), select=select)
 
 
 @_task()
@@ -566,6 +580,8 @@ def fuzz(
     kernel_series: str | None = None,
     qemu_series: str | None = None,
     flavour: str | None = None,
+    abi: str | None = None,
+    description: str | None = None,
     kernel: str | None = None,
     reports: str | None = None,
 ) -> int:
@@ -583,6 +599,7 @@ namespace = Collection(
     conform,
     nightly,
     mutants,
+    revisions,
     fuzz,
     selftests,
     watch,
