@@ -561,7 +561,7 @@ def bench_compare(
     given = dict(locals())
     options = _bench_options(given)
     one, other = (
-        _ready(**_settings_in(given), **kernel_named(kernel)) for kernel in (before, after)
+        _ready(**(_settings_in(given) | kernel_named(kernel))) for kernel in (before, after)
     )
     return run(one, other, options)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.abi import Clause, load_clauses
+from harness.abi import Clause, all_clauses
 from harness.build.series import Series
 from harness.errors import HarnessError
 from harness.report.html import page_environment
@@ -190,7 +190,7 @@ def _machine(judged: Sequence[Judged]) -> MachineRecord | None:
 def _groups(judged: Sequence[Judged], broken: Mapping[int, list[str]]) -> list[Group]:
     """All groups of which a clause was tested, in the interface's order."""
     seen = dict.fromkeys(clause for one in judged for clause in one.verdicts)
-    known = load_clauses()
+    known = all_clauses()
     tested = [clause for clause in known.values() if clause.id in seen]
     tested += [_foreign(name) for name in seen if name not in known]
     found = []
