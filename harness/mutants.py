@@ -60,6 +60,7 @@ _KINDS = {
                 "handshake",
                 "migration",
                 "object",
+                "overtaken",
                 "permissions",
                 "reset",
                 "snapshot",
