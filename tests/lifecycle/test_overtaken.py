@@ -121,8 +121,7 @@ def test_panic_while_a_vcpu_is_held(stage: Stage) -> None:
     """A panic stops the machine although the tool holds a vCPU."""
     tool = stage.tool()
     guest, session = hooked(stage, tool, extra=PANIC)
-    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
-    session.next_event("PAUSE", timeout_s=5)
+    stage.pause(session, 1)
     guest.qmp("human-monitor-command", command_line="o /b 0x505 1", timeout_s=10)
     guest.wait_status("guest-panicked", timeout_s=5)
     session.expect_close(timeout_s=5)
@@ -229,8 +228,7 @@ def test_memory_map_changes_while_a_vcpu_is_held(stage: Stage) -> None:
     """
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
-    session.next_event("PAUSE", timeout_s=5)
+    stage.pause(session, 1)
     for order in ("o /w 0xcf8 0x80000058", "o /b 0xcfd 0x30"):
         guest.qmp("human-monitor-command", command_line=order, timeout_s=10)
     session.expect_close(timeout_s=5)
@@ -243,8 +241,7 @@ def test_held_vcpu_is_free_with_introspection_switched_off(stage: Stage) -> None
     """The kernel refuses to unhook then, but the session ends, and with it the hold on the vCPU."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
-    session.next_event("PAUSE", timeout_s=5)
+    stage.pause(session, 1)
     with introspection_off(stage):
         order = {"command_line": "info registers"}
         assert "IP=" in guest.qmp("human-monitor-command", timeout_s=10, **order)

@@ -129,8 +129,7 @@ def test_queries_while_a_vcpu_is_held(stage: Stage) -> None:
     """What management asks for regularly does not wait for a vCPU that the tool holds."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
-    session.next_event("PAUSE", timeout_s=5)
+    stage.pause(session, 1)
     began = time.monotonic()
     assert guest.status() == "running"
     assert len(guest.qmp("query-cpus-fast", timeout_s=3)) == 1
@@ -144,8 +143,7 @@ def test_look_into_a_vcpu_that_is_held(stage: Stage) -> None:
     """A command that needs a held vCPU ends the session after a while, rather than to hang."""
     tool = stage.tool()
     guest, session = hooked(stage, tool)
-    session.command("VM_PAUSE_VCPU", vcpu=0, wait=1).ok()
-    session.next_event("PAUSE", timeout_s=5)
+    stage.pause(session, 1)
     look = guest.send("human-monitor-command", command_line="info registers")
     session.expect_close(timeout_s=10)
     said = look.value(timeout_s=5)
