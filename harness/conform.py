@@ -43,6 +43,7 @@ from harness.report.known import load_known
 from harness.report.live import LiveView
 from harness.report.model import End, RunFacts, exit_code, missing
 from harness.report.store import (
+    Run,
     VerdictFile,
     last_run,
     load_run,
@@ -59,6 +60,7 @@ __all__ = [
     "account",
     "conform",
     "death_of",
+    "ended_run",
     "kernel_patches",
     "report",
     "rerun_of",
@@ -135,6 +137,18 @@ def conform(
     if repeat > 1:
         arguments += [f"--kvmi-repeat={repeat}", "-x"]
     return run_suite(run_dir, [f"-n{workers}", *arguments])
+
+
+def ended_run(settings: Settings) -> Run:
+    """The run that :func:`conform` has just ended.
+
+    :raises KeyboardInterrupt: it was interrupted, and what it did not say means nothing.
+    :raises HarnessError: there is none.
+    """
+    done = load_run(last_run(settings.reports))
+    if done.end is not None and done.end.reason == INTERRUPTED:
+        raise KeyboardInterrupt
+    return done
 
 
 def prepare_run(

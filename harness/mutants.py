@@ -9,10 +9,8 @@ clauses; it is killed when every one of them has a FAIL. A survivor shows a hole
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import itertools
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,14 +19,11 @@ from typing import TYPE_CHECKING
 
 from harness import paths
 from harness.build.kernel import build_kernel
-from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.qemu import build_qemu
-from harness.build.series import load_series
-from harness.conform import INTERRUPTED, conform
-from harness.errors import BuildError, ConformanceError, InfraError, UsageError
-from harness.report.model import Outcome
-from harness.report.store import last_run, load_run
+from harness.errors import BuildError, ConformanceError, UsageError
+from harness.report.store import last_run
+from harness.variants import chosen, entries_of, failing, series_on_top
 
 if TYPE_CHECKING:
     from harness.settings import Settings
@@ -104,10 +99,7 @@ def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
     from harness.abi import load_clauses
 
     source = directory / "mutants.toml"
-    try:
-        entries = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{source} cannot be read: {error}") from error
+    entries = entries_of(source)
     mutants = [
         Mutant(
             name,
@@ -147,28 +139,21 @@ def run(settings: Settings, *, select: str | None = None) -> int:
     :raises BuildError: a mutant does not apply or compile: its patch has to follow the series.
     """
     mutants = load_mutants()
-    patterns = (select or "*").replace(",", " ").split()
-    known = [mutant.name for mutant in mutants]
-    if unknown := [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]:
-        raise UsageError(
-            f"there is no mutant {', '.join(sorted(unknown))}",
-            hint=f"there are: {', '.join(known)}",
-        )
-    names = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
-    chosen = [mutant for mutant in mutants if mutant.name in names]
+    names = chosen([mutant.name for mutant in mutants], select, what="mutant")
+    mutants = [mutant for mutant in mutants if mutant.name in names]
     note("The series itself: what mutants must turn red has to be green without them")
-    for of, target in sorted({(mutant.of, mutant.target) for mutant in chosen}):
-        here = [mutant for mutant in chosen if (mutant.of, mutant.target) == (of, target)]
+    for of, target in sorted({(mutant.of, mutant.target) for mutant in mutants}):
+        here = [mutant for mutant in mutants if (mutant.of, mutant.target) == (of, target)]
         red = sorted({clause for mutant in here for clause in mutant.red})
-        if bad := _hold(_alone(settings, target), red, suites=_KINDS[of].suites):
+        if bad := failing(_alone(settings, target), red, suites=_KINDS[of].suites):
             raise ConformanceError(
                 f"the series itself does not keep {', '.join(bad)}",
                 hint="mend that first: on these clauses nothing can be learned from mutants",
             )
     results = []
-    for result in _each(settings, chosen):
+    for result in _each(settings, mutants):
         results.append(result)
-        note(f"Mutant {len(results)} of {len(chosen)}, {result.mutant.name}: {_verdict(result)}")
+        note(f"Mutant {len(results)} of {len(mutants)}, {result.mutant.name}: {_verdict(result)}")
     survivors = [result for result in results if result.survived]
     print(f"\n{len(results) - len(survivors)} of {len(results)} mutants were noticed")
     for result in survivors:
@@ -198,22 +183,12 @@ def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
                 mutated = ahead.result()
                 if following is not None:
                     ahead = builder.submit(_build, settings, following)
-                failed = _hold(mutated, mutant.red, suites=_KINDS[mutant.of].suites)
+                failed = failing(mutated, mutant.red, suites=_KINDS[mutant.of].suites)
                 shutil.rmtree(mutated.cache, ignore_errors=True)
                 survived = tuple(clause for clause in mutant.red if clause not in failed)
                 yield _Result(mutant, survived, last_run(_reports(settings)))
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-def _hold(settings: Settings, clauses: Sequence[str], *, suites: Sequence[str]) -> list[str]:
-    """Run the tests of these clauses; answer which of them failed."""
-    conform(settings, select=" ".join(clauses), suites=suites)
-    done = load_run(last_run(settings.reports))
-    if done.end is not None and done.end.reason == INTERRUPTED:
-        raise KeyboardInterrupt
-    failed = {verdict.clause for verdict in done.verdicts if verdict.verdict is Outcome.FAIL}
-    return [clause for clause in clauses if clause in failed]
 
 
 def _alone(settings: Settings, target: str) -> Settings:
@@ -226,25 +201,18 @@ def _alone(settings: Settings, target: str) -> Settings:
 def _build(settings: Settings, mutant: Mutant) -> Settings:
     """Build a mutant; answer settings with its series and a cache for what is made of it."""
     kind = _KINDS[mutant.of]
-    original: Path = getattr(settings, kind.series)
-    usual = settings.cache
-    root = usual / _ROOT / mutant.name
-    series = root / "patches"  # no kind of the cache has this name
-    try:
-        passing_cache(usual, root, of=mutant.of)
-        series.mkdir()
-        for patch in load_series(original).patches:
-            shutil.copy(patch.path, series)
-        shutil.copy(mutant.patch, series / f"9999-{mutant.name}.patch")
-    except OSError as error:
-        raise InfraError(f"mutant {mutant.name}: {error}") from error
+    original: Path | str = getattr(settings, kind.series)
+    root = settings.cache / _ROOT / mutant.name
+    added = [(mutant.patch, f"9999-{mutant.name}.patch")]
+    what = f"mutant {mutant.name}"
+    series = series_on_top(settings, root, original, added, what=what, of=mutant.of)
     alone = dataclasses.replace(_alone(settings, mutant.target), cache=root)
     mutated = dataclasses.replace(alone, **{kind.series: series})  # type: ignore[arg-type]
     try:
         kind.build(mutated)
     except BuildError as error:
         raise BuildError(
-            f"mutant {mutant.name}: {error.message}",
+            f"{what}: {error.message}",
             hint=f"make {mutant.patch} follow the series",
             details=error.details,
         ) from error

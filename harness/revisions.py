@@ -10,22 +10,19 @@ it is the kernel of one revision, held to another.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import shutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import paths
-from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import load_series
-from harness.conform import SUITES, conform
-from harness.errors import InfraError, UsageError
-from harness.report.model import Outcome
-from harness.report.store import last_run, load_run
+from harness.conform import SUITES, conform, ended_run
+from harness.errors import UsageError
+from harness.report.store import last_run
 from harness.series.description import FILE_NAME, found_beside, load_description
+from harness.variants import chosen, entries_of, failing, series_on_top
 
 if TYPE_CHECKING:
     from harness.settings import Settings
@@ -53,10 +50,7 @@ def load_revisions(directory: Path = REVISIONS) -> list[Revision]:
     from harness.abi import load_clauses
 
     source = directory / "revisions.toml"
-    try:
-        entries = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{source} cannot be read: {error}") from error
+    entries = entries_of(source)
     found = [
         Revision(place.name, place, tuple(entries.pop(place.name, {}).get("red", ())))
         for place in sorted(directory.iterdir())
@@ -80,15 +74,10 @@ def run(settings: Settings, *, select: str | None = None) -> int:
     :raises BuildError: a variant does not apply or compile: its patches have to follow the series.
     """
     revisions = load_revisions()
-    names = [one.name for one in revisions]
-    patterns = (select or "*").replace(",", " ").split()
-    if unknown := [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]:
-        raise UsageError(
-            f"there is no revision {', '.join(unknown)}", hint=f"there are: {', '.join(names)}"
-        )
+    names = chosen([one.name for one in revisions], select, what="revision")
     bad = []
     for one in revisions:
-        if any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns):
+        if one.name in names:
             note(f"Revision {one.name}: {len(load_series(one.place).patches)} patches")
             wrong = _judge(settings, one)
             note(f"Revision {one.name}: {wrong or 'as it has to be'}")
@@ -104,11 +93,11 @@ def _judge(settings: Settings, one: Revision) -> str:
     shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
     try:
         variant = _variant(settings, one, root)
-        code = conform(variant, select=" ".join(one.red) or None, suites=SUITES[:1])
         if not one.red:
+            code = conform(variant, suites=SUITES[:1])
+            ended_run(variant)  # or an interrupt would end this variant alone
             return "" if code == 0 else f"not all held; see {last_run(variant.reports)}"
-        verdicts = load_run(last_run(variant.reports)).verdicts
-        failed = {verdict.clause for verdict in verdicts if verdict.verdict is Outcome.FAIL}
+        failed = failing(variant, one.red, suites=SUITES[:1])
         green = [clause for clause in one.red if clause not in failed]
         return f"{', '.join(green)} did not turn red" if green else ""
     finally:
@@ -117,17 +106,11 @@ def _judge(settings: Settings, one: Revision) -> str:
 
 def _variant(settings: Settings, one: Revision, root: Path) -> Settings:
     """Settings with the variant's series, and a cache for what is made of it."""
-    series = root / "patches"  # no kind of the cache has this name
-    try:
-        passing_cache(settings.cache, root)
-        series.mkdir()
-        for patch in load_series(settings.kernel_series).patches:
-            shutil.copy(patch.path, series)
-        for patch in load_series(one.place).patches:
-            shutil.copy(patch.path, series / f"9{patch.name}")
-        shutil.copy(one.place / FILE_NAME, series)
-    except OSError as error:
-        raise InfraError(f"revision {one.name}: {error}") from error
+    added = [(patch.path, f"9{patch.name}") for patch in load_series(one.place).patches]
+    added.append((one.place / FILE_NAME, FILE_NAME))
+    series = series_on_top(
+        settings, root, settings.kernel_series, added, what=f"revision {one.name}"
+    )
     description = found_beside(series)
     return dataclasses.replace(
         settings,

@@ -29,7 +29,7 @@ from harness.build.kernel import build_kernel, patched_source
 from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import Patch, Series, load_series
-from harness.conform import INTERRUPTED, conform, selection
+from harness.conform import conform, ended_run, selection
 from harness.errors import (
     BuildError,
     ConformanceError,
@@ -39,7 +39,6 @@ from harness.errors import (
     UsageError,
 )
 from harness.report.model import Outcome
-from harness.report.store import last_run, load_run
 from harness.report.view import view_of
 from harness.series.ahead import building_ahead
 from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
@@ -190,11 +189,9 @@ class Check:
             except (ConformanceError, InfraError) as error:
                 trouble = error.message
         try:
-            view = view_of(load_run(last_run(settings.reports)))
+            view = view_of(ended_run(settings))
         except HarnessError:
             return trouble or "no test ran", "", {}
-        if view.run.end is not None and view.run.end.reason == INTERRUPTED:
-            raise KeyboardInterrupt
         verdicts = {name: result.verdict for name, result in view.results.items() if name}
         return trouble, str(view.run.path), verdicts
 
