@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from harness import __version__, paths
 from harness.abi import load_profile
@@ -55,19 +56,24 @@ from harness.series import interface
 from harness.series.numbers import require_numbers
 from harness.settings import Settings, load_settings, with_series
 
+if TYPE_CHECKING:
+    from harness.build.images import Images
+    from harness.build.kernel import KernelBuild
+    from harness.build.qemu import QemuBuild
+    from harness.report.model import MachineRecord
+
 __all__ = [
     "INTERRUPTED",
     "account",
+    "begin_run",
     "conform",
     "death_of",
     "ended_run",
-    "kernel_patches",
     "report",
     "rerun_of",
     "run_pytest",
     "run_suite",
     "selection",
-    "system_here",
     "tell",
 ]
 
@@ -304,7 +310,6 @@ def _prepare(
     from harness.hosts import target_for
 
     start = time.monotonic()
-    profile = interface(settings)
     require_numbers(settings)
     target = target_for(settings)
     kernel = build_kernel(settings)
@@ -312,49 +317,33 @@ def _prepare(
     images = build_images(settings, kernel=kernel, qemu=qemu)
     target.prepare(kernel, images)
     machine = target.facts()
-    facts = RunFacts(
-        run=run_dir.name,
-        started=utc_now(),
+    begin_run(
+        settings,
+        run_dir,
+        kernel=kernel,
+        qemu=qemu,
+        images=images,
+        machine=machine_record(machine),
+        # Of the hosts; one that we did not boot may have another.
+        release=machine.kernel_release,
+        under_test=machine.kernel_series,
         target=settings.target,
         chosen=chosen,
-        series=f"{machine.kernel_series} {qemu.series}",
-        abi=profile.name,
-        unclaimed=list(profile.unclaimed),
         workers=settings.workers,
         select=select,
         repeat=repeat,
         shard=shard,
         rerun=rerun,
-        harness=__version__,
-        python=platform.python_version(),
-        system=system_here(),
-        controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
-        kernel={
-            # Of the hosts; one that we did not boot may have another.
-            "release": machine.kernel_release,
-            "series": machine.kernel_series,
-            "key": kernel.key,
-            **kernel_patches(settings, machine.kernel_series),
-        },
-        qemu={
-            "version": qemu.version,
-            "series": qemu.series,
-            "key": qemu.key,
-            **record(load_series(settings.qemu_series), base=f"qemu {qemu.version}"),
-        },
-        machine=machine_record(machine),
-        prepare_s=round(time.monotonic() - start, 1),
+        prepare_s=time.monotonic() - start,
     )
-    try:
-        with VerdictFile(run_dir) as file:
-            file.write(facts)
-        if settings.known:
-            shutil.copyfile(settings.known, run_dir / KNOWN)
-        save_settings(run_dir, settings)
-        save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
+    with _writing(run_dir):
         save_machine(run_dir, machine)
-        open_counters(run_dir, profile=profile).close()
-        point_latest(run_dir)
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InfraError(
             f"the run's directory {run_dir} cannot be written: {error.strerror}",
@@ -362,7 +351,76 @@ def _prepare(
         ) from error
 
 
-def kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
+def begin_run(
+    settings: Settings,
+    run_dir: Path,
+    *,
+    kernel: KernelBuild,
+    qemu: QemuBuild,
+    images: Images,
+    machine: MachineRecord,
+    release: str,
+    under_test: str,
+    target: str,
+    chosen: str,
+    workers: int,
+    select: str,
+    rerun: str,
+    prepare_s: float,
+    repeat: int = 1,
+    shard: str = "",
+) -> None:
+    """Write down what a run is, and leave in its directory what workers need.
+
+    :param release: of the kernel under test. :param under_test: its series.
+    :param rerun: the command that starts such a run again.
+    :raises InfraError: the directory cannot be written.
+    """
+    profile = interface(settings)
+    facts = RunFacts(
+        run=run_dir.name,
+        started=utc_now(),
+        target=target,
+        chosen=chosen,
+        series=f"{under_test} {qemu.series}",
+        abi=profile.name,
+        unclaimed=list(profile.unclaimed),
+        workers=workers,
+        select=select,
+        repeat=repeat,
+        shard=shard,
+        rerun=rerun,
+        harness=__version__,
+        python=platform.python_version(),
+        system=_system_here(),
+        controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
+        kernel={
+            "release": release,
+            "series": under_test,
+            "key": kernel.key,
+            **_kernel_patches(settings, under_test),
+        },
+        qemu={
+            "version": qemu.version,
+            "series": qemu.series,
+            "key": qemu.key,
+            **record(load_series(settings.qemu_series), base=f"qemu {qemu.version}"),
+        },
+        machine=machine,
+        prepare_s=round(prepare_s, 1),
+    )
+    with _writing(run_dir):
+        with VerdictFile(run_dir) as file:
+            file.write(facts)
+        if settings.known:
+            shutil.copyfile(settings.known, run_dir / KNOWN)
+        save_settings(run_dir, settings)
+        save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
+        open_counters(run_dir, profile=profile).close()
+        point_latest(run_dir)
+
+
+def _kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
     """What is to be said of the kernel's series, if that is what the hosts run."""
     if settings.kernel:
         return {}
@@ -372,7 +430,7 @@ def kernel_patches(settings: Settings, under_test: str) -> dict[str, str]:
     return found if series.id == under_test else {}
 
 
-def system_here() -> str:
+def _system_here() -> str:
     with contextlib.suppress(OSError):
         return platform.freedesktop_os_release().get("PRETTY_NAME", "")
     return platform.platform()

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shlex
 import shutil
 import time
@@ -15,35 +13,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness import __version__
-from harness.build.series import load_series, record
-from harness.conform import (
-    kernel_patches,
-    rerun_of,
-    selection,
-    system_here,
-    tell,
-)
+from harness.conform import begin_run, rerun_of, selection, tell
 from harness.errors import HarnessError, InfraError, UsageError
 from harness.fleet.inventory import load_inventory
 from harness.fleet.machine import FleetMachine
 from harness.fleet.rounds import Rounds
 from harness.fleet.runtime import Runtime, build_site
-from harness.plugin.beat import open_counters
-from harness.plugin.inputs import machine_record, save_builds, save_settings
-from harness.report.model import (
-    MachineRecord,
-    RunFacts,
-)
-from harness.report.store import (
-    VerdictFile,
-    new_run_dir,
-    point_latest,
-    utc_now,
-)
+from harness.plugin.inputs import machine_record
+from harness.report.store import new_run_dir
 
 if TYPE_CHECKING:
     from harness.fleet.inventory import Machine
+    from harness.report.model import MachineRecord
     from harness.settings import Settings
 
 __all__ = ["conform_fleet", "run_fleet", "together"]
@@ -105,41 +86,22 @@ def run_fleet(
     machines = [FleetMachine(machine, run_dir) for machine in inventory]
     try:
         _prepare(machines, runtime)
-        facts = RunFacts(
-            run=run_dir.name,
-            started=utc_now(),
+        begin_run(
+            settings,
+            run_dir,
+            kernel=kernel,
+            qemu=qemu,
+            images=images,
+            machine=together(machines),
+            release=kernel.release,
+            under_test=kernel.series,
             target="fleet",
             chosen=f"{len(machines)} machines of an inventory",
-            series=f"{kernel.series} {qemu.series}",
-            abi=settings.abi,
             workers=sum(not machine.lost for machine in machines),
             select=select or "",
             rerun=started_by,
-            harness=__version__,
-            python=platform.python_version(),
-            system=system_here(),
-            controller=f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs",
-            kernel={
-                "release": kernel.release,
-                "series": kernel.series,
-                "key": kernel.key,
-                **kernel_patches(settings, kernel.series),
-            },
-            qemu={
-                "version": qemu.version,
-                "series": qemu.series,
-                "key": qemu.key,
-                **record(load_series(settings.qemu_series), base=f"qemu {qemu.version}"),
-            },
-            machine=together(machines),
-            prepare_s=round(time.monotonic() - begun, 1),
+            prepare_s=time.monotonic() - begun,
         )
-        with VerdictFile(run_dir) as file:
-            file.write(facts)
-        save_settings(run_dir, settings)
-        save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
-        open_counters(run_dir).close()
-        point_latest(run_dir)
         code = tell(run_dir, Rounds(run_dir, machines, runtime).run(arguments), arguments)
         # All promises may have held, but somebody has to look after that machine.
         lost = any(machine.lost for machine in machines)
