@@ -17,6 +17,8 @@ from .stage import BREAKPOINT, Stage, Tool, next_port
 from .test_migration import CHANNEL, receiver
 from .ways import Road
 
+CHECKPOINT = "file:/run/kvmi-checkpoint"
+
 
 def let_go(stage: Stage, guest: QemuGuest, session: Session) -> None:
     """The tool is told that the guest leaves, undoes its changes and closes."""
@@ -98,6 +100,53 @@ def test_tried_again(stage: Stage, timeline: Timeline) -> None:
         after = ticks(other.shell())
         assert after.wrong == 0
         assert after.ticks > before.ticks
+
+
+@pytest.mark.lifecycle
+@pytest.mark.clause(
+    "QEMU-STOP-NORECONNECT", "QEMU-CONT-RECONNECT", "QEMU-STARTTIME-SAVED", "QEMU-DISC-UNHOOK"
+)
+def test_saved_to_a_file_and_continued(stage: Stage, timeline: Timeline) -> None:
+    """A checkpoint as libvirt makes one: stop, migrate to a file, cont, and later restored."""
+    with timeline.step("start, hook and watch a guest"):
+        tool = stage.tool("tool-source")
+        guest = stage.linux(tool, cpus=2)
+        hello, session = tool.hook()
+        shell = guest.wait_booted()
+        start_ticking(shell)
+        stage.watch(session, vcpus=guest.cpus)
+        stage.exchange(shell, calls=3)
+    with timeline.step("stop: the tool lets go"):
+        stop = guest.send("stop")
+        let_go(stage, guest, session)
+        stop.value(timeout_s=5)
+    with timeline.step("migrate to a file"):
+        guest.migrate(CHECKPOINT)
+        guest.wait_migration("completed")
+        assert guest.status() == "postmigrate"
+        assert tool.silent(), "QEMU connected although the machine is paused"
+    with timeline.step("cont: the guest goes on, and the tool is back"):
+        guest.qmp("cont")
+        again, session = tool.hook()
+        assert (again.uuid, again.start_time) == (hello.uuid, hello.start_time)
+        stage.watch(session, vcpus=guest.cpus)
+        stage.exchange(shell, calls=3, traps=3)
+        now = ticks(shell)
+        assert now.wrong == 0
+    with timeline.step("the file, restored while the first guest runs on"):
+        other_tool = stage.tool("tool-restored")
+        other = receiver(stage, guest, other_tool, channel=CHECKPOINT)
+        other.wait_status("paused")
+        assert other_tool.silent(), "QEMU connected before the restored machine was continued"
+        other.qmp("cont")
+        there, session = other_tool.hook()
+        assert (there.uuid, there.start_time) == (hello.uuid, hello.start_time)
+        then = ticks(other.wait_booted())
+        assert then.wrong == 0
+        assert then.ticks > 0
+        stage.watch(session, vcpus=other.cpus)
+        stage.exchange(other.shell(), calls=3, traps=3)
+        stage.exchange(shell, calls=3)
 
 
 @pytest.mark.lifecycle
