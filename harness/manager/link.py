@@ -6,10 +6,12 @@ Requests may be sent from any thread and overlap; answers find their request by 
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shlex
 import threading
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +22,30 @@ if TYPE_CHECKING:
 
 __all__ = ["AgentLink"]
 
-AGENT = Path(__file__).with_name("agent.py")
+AGENT = Path(__file__).with_name("agent")
 _MARGIN_S = 20.0
+
+_LOADER = """\
+import os, runpy, sys
+archive = os.memfd_create("agent")
+os.write(archive, sys.stdin.buffer.read({size}))
+runpy.run_path(f"/proc/self/fd/{{archive}}", run_name="__main__")
+"""
+"""The modules come over standard input: nothing is left in the host's file system."""
 
 
 class AgentLink:
     """An agent that runs in a host.
 
     :param host: where to start it; the host's own error is raised when it is gone.
-    :param program: what runs there, a Python file that needs nothing else of ours.
+    :param package: what runs there, a directory of modules that need nothing else of ours;
+        ``serve`` of them has a function of this name.
     """
 
-    def __init__(self, host: Host, *, program: Path = AGENT) -> None:
+    def __init__(self, host: Host, *, package: Path = AGENT) -> None:
         self._host = host
-        source = program.read_bytes()
-        # The source comes over standard input: nothing is left in the host's file system.
-        loader = (
-            f"import sys; exec(compile(sys.stdin.buffer.read({len(source)}), 'agent.py', 'exec'))"
-        )
+        archive = _archive(package)
+        loader = _LOADER.format(size=len(archive))
         self._process = host.spawn(f"exec python3 -I -c {shlex.quote(loader)}")
         self._numbers = itertools.count(1)
         self._answers: dict[int, dict[str, Any]] = {}
@@ -45,7 +53,7 @@ class AgentLink:
         self._changed = threading.Condition()
         self._send_lock = threading.Lock()
         self._ended: str | None = None
-        self._process.write(source)
+        self._process.write(archive)
         self._reader = threading.Thread(target=self._read, name="host-agent", daemon=True)
         self._reader.start()
 
@@ -131,3 +139,13 @@ class AgentLink:
         """End the agent by closing its standard input; everything it owns goes with it."""
         self._process.close()
         self._reader.join(timeout=5)
+
+
+def _archive(package: Path) -> bytes:
+    """The modules of a package as a program that Python can run."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for module in sorted(package.glob("*.py")):
+            archive.write(module, f"agent/{module.name}")
+        archive.writestr("__main__.py", "from agent.serve import serve\n\nserve()\n")
+    return buffer.getvalue()

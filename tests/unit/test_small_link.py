@@ -18,6 +18,7 @@ from harness.manager.link import AgentLink
 
 PROGRAM = """
 import json, sys, threading
+
 lock = threading.Lock()
 
 def answer(request):
@@ -32,11 +33,12 @@ def answer(request):
     with lock:
         print(json.dumps(reply), flush=True)
 
-for line in sys.stdin:
-    request = json.loads(line)
-    if request["op"] == "die":
-        sys.exit("dying words")
-    threading.Thread(target=answer, args=(request,), daemon=True).start()
+def serve():
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "die":
+            sys.exit("dying words")
+        threading.Thread(target=answer, args=(request,), daemon=True).start()
 """
 
 
@@ -91,9 +93,9 @@ class _ThisMachine:
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[AgentLink]:
     """A link to the program above."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    made = AgentLink(cast(Host, cast(Any, _ThisMachine())), program=program)
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "serve.py").write_text(PROGRAM)
+    made = AgentLink(cast(Host, cast(Any, _ThisMachine())), package=tmp_path)
     yield made
     made.close()
 

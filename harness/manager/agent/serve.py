@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Requests in, answers out."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+from .descriptors import DescriptorRequests
+from .kernel import Request, ioctl
+
+
+class Agent(DescriptorRequests):
+    """Everything this process owns, and the requests it understands (``op_*``)."""
+
+    def op_batch(self, request: Request) -> list[Any]:
+        """Run requests one after another, ``repeat`` times; answer the last round's."""
+        answers: list[Any] = []
+        for _ in range(request.get("repeat", 1)):
+            answers = [self.perform(item) for item in request["requests"]]
+        return answers
+
+    def op_reset(self, request: Request) -> list[str]:
+        """Close everything; answer the VMs that could not be ended.
+
+        Sockets are shut down first: whatever a test left waiting in the kernel for its
+        tool wakes up then, also while introspection is switched off.
+        """
+        for name in list(self.files):
+            self.op_shutdown({"name": name})
+        stuck = []
+        for name, vm in list(self.vms.items()):
+            if request["unhook"] is not None:
+                ioctl(vm.fd, request["unhook"])
+            if self.op_close_vm({"vm": name, "limit_s": request["limit_s"]}):
+                stuck.append(name)
+        for name in list(self.files):
+            self.op_close({"name": name})
+        return stuck
+
+    def perform(self, request: Request) -> Any:
+        """Run one request and answer its result; any exception is a fault."""
+        return getattr(self, "op_" + request["op"])(request)
+
+    def op_capture(self, request: Request) -> Request:
+        """Run requests; answer them, and what the TCP socket ``name`` put on the wire meanwhile.
+
+        The socket's other end is in this host. Each entry of ``sent`` is one segment's data.
+        """
+        ours = socket.socket(fileno=os.dup(self._fd(request["name"])))
+        port = ours.getsockname()[1]
+        ours.close()
+        everything = 0x0300  # ETH_P_ALL in network order
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, everything) as wire:
+            wire.bind(("lo", 3))
+            wire.setblocking(False)
+            answers = [self.perform(item) for item in request["requests"]]
+            sent = []
+            while select.select([wire], [], [], 0.05)[0]:
+                packet, address = wire.recvfrom(65536)
+                header = (packet[0] & 15) * 4
+                source = int.from_bytes(packet[header : header + 2], "big")
+                data = packet[header + (packet[header + 12] >> 4) * 4 :]
+                outgoing = address[2] == socket.PACKET_OUTGOING
+                if outgoing and packet[9] == socket.IPPROTO_TCP and source == port and data:
+                    sent.append(data.hex())
+        return {"answers": answers, "sent": sent}
+
+
+def serve() -> None:
+    """Answer requests until standard input ends, then end the process at once."""
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    agent = Agent()
+    lock = threading.Lock()
+
+    def answer(request: Request) -> None:
+        reply: Request = {"id": request["id"]}
+        try:
+            reply["ok"] = agent.perform(request)
+        except Exception:
+            reply["fault"] = traceback.format_exc(limit=4)
+        line = json.dumps(reply) + "\n"
+        with lock:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+    for line in sys.stdin:
+        threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
+    os._exit(0)  # vCPU threads may sit in KVM_RUN; the kernel takes everything down
