@@ -23,7 +23,7 @@ from harness.build.progress import note
 from harness.build.qemu import build_qemu
 from harness.errors import BuildError, ConformanceError, UsageError
 from harness.report.store import last_run
-from harness.variants import chosen, entries_of, failing, series_on_top
+from harness.variants import chosen, entries_of, failing, passing_place, series_on_top
 
 if TYPE_CHECKING:
     from harness.settings import Settings
@@ -174,21 +174,19 @@ def _verdict(result: _Result) -> str:
 
 def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
     """What became of each mutant. While one is tested the next is built."""
-    root = settings.cache / _ROOT
-    shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
-    try:
-        with ThreadPoolExecutor(1, thread_name_prefix="mutants") as builder:
-            ahead = builder.submit(_build, settings, mutants[0])
-            for mutant, following in itertools.zip_longest(mutants, mutants[1:]):
-                mutated = ahead.result()
-                if following is not None:
-                    ahead = builder.submit(_build, settings, following)
-                failed = failing(mutated, mutant.red, suites=_KINDS[mutant.of].suites)
-                shutil.rmtree(mutated.cache, ignore_errors=True)
-                survived = tuple(clause for clause in mutant.red if clause not in failed)
-                yield _Result(mutant, survived, last_run(_reports(settings)))
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with (
+        passing_place(settings, _ROOT),
+        ThreadPoolExecutor(1, thread_name_prefix="mutants") as builder,
+    ):
+        ahead = builder.submit(_build, settings, mutants[0])
+        for mutant, following in itertools.zip_longest(mutants, mutants[1:]):
+            mutated = ahead.result()
+            if following is not None:
+                ahead = builder.submit(_build, settings, following)
+            failed = failing(mutated, mutant.red, suites=_KINDS[mutant.of].suites)
+            shutil.rmtree(mutated.cache, ignore_errors=True)
+            survived = tuple(clause for clause in mutant.red if clause not in failed)
+            yield _Result(mutant, survived, last_run(_reports(settings)))
 
 
 def _alone(settings: Settings, target: str) -> Settings:

@@ -10,7 +10,6 @@ it is the kernel of one revision, held to another.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from harness.conform import SUITES, conform, ended_run
 from harness.errors import UsageError
 from harness.report.store import last_run
 from harness.series.description import FILE_NAME, found_beside, load_description
-from harness.variants import chosen, entries_of, failing, series_on_top
+from harness.variants import chosen, entries_of, failing, passing_place, series_on_top
 
 if TYPE_CHECKING:
     from harness.settings import Settings
@@ -89,10 +88,8 @@ def run(settings: Settings, *, select: str | None = None) -> int:
 
 def _judge(settings: Settings, one: Revision) -> str:
     """What is wrong with a variant, or nothing."""
-    root = settings.cache / _ROOT / one.name
-    shutil.rmtree(root, ignore_errors=True)  # left over by a run that was killed
-    try:
-        variant = _variant(settings, one, root)
+    with passing_place(settings, _ROOT) as root:
+        variant = _variant(settings, one, root / one.name)
         if not one.red:
             code = conform(variant, suites=SUITES[:1])
             ended_run(variant)  # or an interrupt would end this variant alone
@@ -100,8 +97,6 @@ def _judge(settings: Settings, one: Revision) -> str:
         failed = failing(variant, one.red, suites=SUITES[:1])
         green = [clause for clause in one.red if clause not in failed]
         return f"{', '.join(green)} did not turn red" if green else ""
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def _variant(settings: Settings, one: Revision, root: Path) -> Settings:

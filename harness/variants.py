@@ -6,13 +6,15 @@ What mutants and revisions have in common: each is built once, in a cache that p
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import shutil
 import tomllib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.build.cache import lock
 from harness.build.passing import passing_cache
 from harness.build.series import load_series
 from harness.conform import conform, ended_run
@@ -22,7 +24,9 @@ from harness.report.model import Outcome
 if TYPE_CHECKING:
     from harness.settings import Settings
 
-__all__ = ["chosen", "entries_of", "failing", "series_on_top"]
+__all__ = ["chosen", "entries_of", "failing", "passing_place", "series_on_top"]
+
+_PATIENCE_S = 10.0
 
 
 def entries_of(source: Path) -> dict[str, Any]:
@@ -50,6 +54,22 @@ def chosen(names: Sequence[str], select: str | None, *, what: str) -> Collection
             hint=f"there are: {', '.join(names)}",
         )
     return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
+@contextlib.contextmanager
+def passing_place(settings: Settings, kind: str) -> Iterator[Path]:
+    """A directory of the cache for what passes: empty at first, and gone afterwards.
+
+    :param kind: of variants, which names it.
+    :raises DeadlineError: another process is at work there.
+    """
+    place = settings.cache / kind
+    with lock(settings.cache / f"{kind}.lock", what=kind, timeout_s=_PATIENCE_S):
+        shutil.rmtree(place, ignore_errors=True)  # left over by a run that was killed
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def series_on_top(
