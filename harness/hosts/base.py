@@ -98,6 +98,8 @@ class Target(Protocol):
     """Whether it can boot a host with other kernel options than usual."""
     processors: Sequence[str]
     """Processors that it can boot a host with besides its usual one."""
+    most_memory_mb: int | None
+    """How much memory a host can have; None: as much as the machine can give."""
     patience: float
     """How many times longer than usual its hosts may take: all limits of waits for them and of
     tests are multiplied by it. Times that pass on purpose are not."""

@@ -49,6 +49,9 @@ _PROCESSOR = "tigerlake"
 # Counted up when this module does something else with the host that it boots for its facts.
 _RECIPE = "1"
 
+MOST_MEMORY_MB = 2048
+"""Where the range of Bochs's own option ends."""
+
 KERNEL_OPTIONS = (
     # At the speed that the serial port has by default each character takes a millisecond.
     # Init ends the quiet.
@@ -76,9 +79,16 @@ class BochsTarget:
     boots = True
     # The first with VMX and 64 bits: no EPT, no monitor trap flag, no exits at descriptor tables.
     processors: Sequence[str] = ("core2_penryn_t9600",)
+    most_memory_mb: int | None = MOST_MEMORY_MB
     patience = 4.0
 
     def __init__(self, settings: Settings) -> None:
+        if settings.host_memory_mb > MOST_MEMORY_MB:
+            raise UsageError(
+                f"a host in Bochs has at most {MOST_MEMORY_MB} MB of memory, "
+                f"and {settings.host_memory_mb} are asked for",
+                hint="set host_memory_mb in kvmi-harness.toml",
+            )
         self._settings = settings
         self._kernel: KernelBuild | None = None
         self._images: Images | None = None

@@ -223,6 +223,7 @@ class SshTarget:
     name = "ssh"
     boots = False
     processors: Sequence[str] = ()
+    most_memory_mb: int | None = None
     patience = 1.0
     machine_type = RemoteMachine
 

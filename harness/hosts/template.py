@@ -105,6 +105,7 @@ class TemplateTarget:
     name = ""
     boots = True
     processors: Sequence[str] = ()
+    most_memory_mb: int | None = None
     patience = 1.0
     must_save = True
     """Whether a machine that cannot be saved and restored is an error; else each is booted."""

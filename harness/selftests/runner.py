@@ -32,7 +32,7 @@ DEADLINE_S = 120.0
 REPEATS = 3
 """How often a test that differs is run again, on either kernel."""
 MEMORY_MB = 3072
-"""Memory of a host: some tests map a gigabyte."""
+"""Memory of a host, if it can have so much: some tests map a gigabyte."""
 PARAMETER = "kvm.introspection=1"
 
 # Arguments that make long tests short: less memory, fewer rounds.
@@ -192,12 +192,14 @@ def compare(settings: Settings, *, tests: Sequence[str] = (), place: Path) -> Co
     from harness.build.selftests import build_selftests
     from harness.hosts import target_for
 
-    settings = dataclasses.replace(settings, host_memory_mb=max(settings.host_memory_mb, MEMORY_MB))
-    if not target_for(settings).boots:
+    target = target_for(settings)
+    if not target.boots:
         raise UsageError(
             f"target {settings.target} has one kernel, and this compares two",
             hint="choose another: --target tcg",
         )
+    memory_mb = min(MEMORY_MB, target.most_memory_mb or MEMORY_MB)
+    settings = dataclasses.replace(settings, host_memory_mb=max(settings.host_memory_mb, memory_mb))
     # In this order the source tree is switched to the series no sooner than needed.
     nothing = place / "none"
     nothing.mkdir(parents=True, exist_ok=True)

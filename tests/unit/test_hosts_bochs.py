@@ -254,3 +254,9 @@ def test_unknown_build_is_refused() -> None:
     """There are two builds of Bochs; another name is a usage error."""
     with pytest.raises(UsageError):
         load_settings(bochs="newest")
+
+
+def test_more_memory_than_bochs_has_is_refused() -> None:
+    """Before anything is built for it."""
+    with pytest.raises(UsageError, match="at most 2048 MB"):
+        target_for(load_settings(target="bochs", host_memory_mb=3072))
