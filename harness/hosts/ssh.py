@@ -47,6 +47,8 @@ _MAC = "hmac-sha2-256"
 _FIRST_BANNER_S = 0.6
 _LONGEST_BANNER_S = 5.0
 _RETRY_PAUSE_S = 0.1
+_LOGIN_S = 30.0
+"""For one more connection to a guest that has answered before."""
 
 _WINDOW = 1 << 30
 """What a command may print before anybody reads it, in bytes, without being held up."""
@@ -277,6 +279,11 @@ class Shell:
         """The connection, made again if it broke and that makes sense."""
         raise NotImplementedError
 
+    @contextlib.contextmanager
+    def _free_connection(self) -> Iterator[paramiko.Transport]:
+        """The connection on which a command is started within the block."""
+        yield self._transport()
+
     def check(self) -> None:
         """Raise what is wrong with the machine at the other end, if anything is."""
         raise NotImplementedError
@@ -291,12 +298,12 @@ class Shell:
         for last in (False, False, True):
             transport: paramiko.Transport | None = None
             try:
-                transport = self._transport()
-                channel = transport.open_session(_WINDOW, timeout=timeout_s)
-                channel.exec_command(self.preamble + command)
+                with self._free_connection() as transport:
+                    channel = transport.open_session(_WINDOW, timeout=timeout_s)
+                    channel.exec_command(self.preamble + command)
                 return channel
             except (paramiko.SSHException, EOFError, OSError) as error:
-                # The server of a small guest refuses a command now and then, without having
+                # dropbear (see GuestShell) refuses a command now and then, without having
                 # started it, and takes the next one on the same connection.
                 refused = isinstance(error, paramiko.SSHException) and (
                     transport is not None and transport.is_active()
@@ -384,7 +391,13 @@ class Shell:
 
 
 class GuestShell(Shell):
-    """Commands in a guest, through its host. Close it, or use it as a context manager."""
+    """Commands in a guest, through its host. Close it, or use it as a context manager.
+
+    Commands that run at the same time have a connection each. dropbear, the guest's server,
+    closes a session whose command has not come yet when another command of the same
+    connection ends just then (``check_close()`` in its common-channel.c, as of 2022.83); when
+    the command does come, it ends with the connection.
+    """
 
     def __init__(self, host: Host, port: int, *, timeout_s: float = 60.0) -> None:
         """Log in, as soon as the guest lets us.
@@ -397,14 +410,52 @@ class GuestShell(Shell):
         """
         super().__init__(f"guest at port {port} of host {host.name}")
         self._host = host
-        self._connection = login_until(
-            lambda step_s: login(host.tunnel(port), host.keys, timeout_s=step_s),
+        self._port = port
+        self._lock = threading.Lock()
+        self._connections = [self._login(timeout_s)]
+        # What was started last on a connection; None while it is being started.
+        self._commands: dict[paramiko.Transport, paramiko.Channel | None] = {}
+
+    def _login(self, timeout_s: float) -> paramiko.Transport:
+        return login_until(
+            lambda step_s: login(self._host.tunnel(self._port), self._host.keys, timeout_s=step_s),
             timeout_s=timeout_s,
-            check=host.check,
+            check=self._host.check,
         )
 
-    def _transport(self) -> paramiko.Transport:
-        return self._connection
+    def _idle(self, connection: paramiko.Transport) -> bool:
+        if connection not in self._commands:
+            return True
+        command = self._commands[connection]
+        return command is not None and command.status_event.is_set()
+
+    @contextlib.contextmanager
+    def _free_connection(self) -> Iterator[paramiko.Transport]:
+        """A connection on which nothing runs; the oldest, even if it broke meanwhile.
+
+        To replace that would hide that the guest lost it.
+        """
+        with self._lock:
+            connection = next(filter(self._idle, self._connections), None)
+            if connection is not None:
+                self._commands[connection] = None
+        if connection is None:
+            connection = self._login(_LOGIN_S)
+            with self._lock:
+                self._connections.append(connection)
+                self._commands[connection] = None
+        try:
+            yield connection
+        except BaseException:
+            with self._lock:
+                del self._commands[connection]
+            raise
+
+    def _open(self, command: str, timeout_s: float) -> paramiko.Channel:
+        channel = super()._open(command, timeout_s)
+        with self._lock:
+            self._commands[channel.get_transport()] = channel
+        return channel
 
     def check(self) -> None:
         """Raise what is wrong with the host; the guest itself is QEMU's business."""
@@ -412,7 +463,8 @@ class GuestShell(Shell):
 
     def close(self) -> None:
         """Log out. Idempotent."""
-        self._connection.close()
+        for connection in self._connections:
+            connection.close()
 
     def __enter__(self) -> Self:
         return self

@@ -119,6 +119,7 @@ class Background:
             self._process = self._shell.spawn(self.command)
             for line in self._process.stdout:
                 self._output += line
+            self._process.status(timeout_s=1.0)
             self._ended.set()
 
     def finished(self, *, within_s: float) -> bool:
