@@ -85,7 +85,7 @@ def test_commands_are_allowed_before_events(stage: Stage) -> None:
     listed over and over, so that allowing them all takes longer than looking.
     """
     commands = tuple(stage.profile.commands[name].id for name in FIRST_COMMANDS)
-    commands = commands[:1] * 4000 + commands
+    commands = commands[:1] * 10_000 + commands
     events = tuple(stage.profile.events[name].id for name in FIRST_EVENTS)
     tool = stage.tool()
     stage.idle(tool, commands=commands, events=events)
