@@ -216,8 +216,7 @@ class BochsTarget:
             host.wait_up(timeout_s=max(1.0, deadline - time.monotonic()))
         except DeadlineError as error:
             host.close()
-            error.message = f"host {name} did not come up: {error.message}"
-            error.details = console.tail()
+            console.explain(error, name)
             raise
         except BaseException:
             host.close()

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.errors import DeadlineError
+
 __all__ = ["Complaint", "Console", "complaints_in", "crash_in"]
 
 # A kernel line on the console: `[   12.345678] text`, with CONFIG_PRINTK_CALLER also
@@ -161,6 +163,14 @@ class Console:
     def tail(self, lines: int = 40) -> str:
         """The last ``lines`` lines, for messages."""
         return "\n".join(self.since().splitlines()[-lines:])
+
+    def explain(self, error: DeadlineError, name: str) -> None:
+        """Let an error for a host that did not come up say how far it came."""
+        lines = self.tail().strip().splitlines()
+        error.message = f"host {name} did not come up: {error.message}; its console " + (
+            f"ends with: {lines[-1]}" if lines else "is empty"
+        )
+        error.details = "\n".join(lines)
 
     def complaints(self, mark: int = 0) -> list[str]:
         """First lines of all complaints since ``mark``."""

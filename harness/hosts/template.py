@@ -324,8 +324,7 @@ class TemplateTarget:
         try:
             host.wait_up(timeout_s=timeout_s)
         except DeadlineError as error:
-            error.message = f"host {host.name} did not come up: {error.message}"
-            error.details = host.console.tail()
+            host.console.explain(error, host.name)
             raise
 
     def _arguments(self, place: Place, options: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.errors import DeadlineError
 from harness.hosts.console import Console, complaints_in, crash_in
 
 LOGS = Path(__file__).with_name("console")
@@ -108,3 +109,22 @@ def test_marks_divide_the_console_into_whole_lines(tmp_path: Path) -> None:
         assert console.since(later) == "[    3.000000] three\n"
     assert console.tail(1) == "[    3.000000] three"
     assert console.crash() is None
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ("", "is empty"),
+        ("[    1.250000] kvm: starts\r\n\r\n", "ends with: [    1.250000] kvm: starts"),
+    ],
+)
+def test_a_host_that_does_not_come_up_says_how_far_it_came(
+    tmp_path: Path, said: str, ends: str
+) -> None:
+    """The last line of its console is in the message, where a table of patches shows it."""
+    console = Console(tmp_path / "console.log")
+    (tmp_path / "console.log").write_text(said)
+    error = DeadlineError("no SSH login within 120 s")
+    console.explain(error, "h")
+    assert error.message == f"host h did not come up: no SSH login within 120 s; its console {ends}"
+    assert error.details == said.strip()
