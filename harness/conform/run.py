@@ -36,6 +36,7 @@ def conform(
     repeat: int = 1,
     shard: str | None = None,
     suites: Sequence[str] = SUITES,
+    keep_hosts: bool = False,
 ) -> int:
     """Hold the series of the settings to the suite.
 
@@ -45,6 +46,8 @@ def conform(
     :param shard: run only this part, ``2/3``, of what would run; see
         :func:`harness.report.merge.merge` for what to do with the parts.
     :param suites: directories of tests that ``select`` chooses from.
+    :param keep_hosts: a host serves on after a failure that left no trace on it. Without this
+        each failure costs a new host, so that none can lead to another.
     :returns: the exit code: 0 all held, 1 a promise was broken, 2 usage, 4 our own side or
         the machine.
     :raises UsageError: ``select`` names nothing.
@@ -67,6 +70,8 @@ def conform(
     )
     workers = settings.workers
     note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
+    if keep_hosts:
+        arguments.append("--kvmi-keep-hosts")
     if repeat > 1:
         arguments += [f"--kvmi-repeat={repeat}", "-x"]
     return run_suite(run_dir, [f"-n{workers}", *arguments])

@@ -134,6 +134,7 @@ def _lend(
             leave(session, error)
         raise
     state.leases.append(lease)
+    state.hosts.append(lease.pooled)
     yield lease.pooled.host
     try:
         # Takes seconds, so once: at the end of all that this worker does.

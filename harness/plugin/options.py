@@ -56,6 +56,12 @@ def add_options(parser: pytest.Parser) -> None:
         help="the run is one of many machines; see harness.fleet",
     )
     group.addoption(
+        "--kvmi-keep-hosts",
+        action="store_true",
+        help="a host on which a test failed serves the next one, if it seems to be well: faster "
+        "where many fail, but one failure may lead to another",
+    )
+    group.addoption(
         "--kvmi-repeat",
         metavar="N",
         type=int,

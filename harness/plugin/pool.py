@@ -104,10 +104,13 @@ class Lease:
         """What the host's kernel said since the test began."""
         return self.pooled.host.console.since(self._mark)
 
-    def finish(self, *, failed: bool, quiet_s: float, leaks: bool = False) -> None:
+    def finish(
+        self, *, failed: bool, quiet_s: float, leaks: bool = False, keep: bool = False
+    ) -> None:
         """Judge the host and give it back.
 
         :param failed: the test failed: the host is not reused, for what the test left on it.
+        :param keep: reuse it nevertheless, if its kernel did not complain.
         :param quiet_s: how long the host of a good test stays under watch.
         :param leaks: ask its kernel for memory that it lost, in whichever test it was.
         :raises ConformanceError: its kernel complained, or crashed during the test.
@@ -115,14 +118,14 @@ class Lease:
         """
         __tracebackhide__ = True
         try:
-            self._watch(0.0 if failed else quiet_s)
+            self._watch(0.0 if failed and not keep else quiet_s)
             if leaks and not failed:
                 self._look_for_leaks()
         except HarnessError as error:
             self.pooled.spoil(error.message)
             raise
         finally:
-            if failed:
+            if failed and not keep:
                 self.pooled.spoil(f"{self._test} failed on it")
             self.pooled.last_test = self._test
             if self._fresh:

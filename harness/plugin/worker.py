@@ -35,7 +35,7 @@ from harness.report.model import Outcome
 
 if TYPE_CHECKING:
     from harness.plugin.beat import Beat
-    from harness.plugin.pool import Lease
+    from harness.plugin.pool import Lease, PooledHost
     from harness.plugin.timeline import Timeline
 
 __all__ = ["TestState", "Worker", "WorkerLeft", "current", "leave"]
@@ -58,6 +58,7 @@ class TestState:
     start: float = field(default_factory=time.monotonic)
     failed: bool = False
     leases: list[Lease] = field(default_factory=list)
+    hosts: list[PooledHost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seen: dict[str, str] = field(default_factory=dict)
     skips: dict[str, str] = field(default_factory=dict)
@@ -69,6 +70,8 @@ class TestState:
     tellers: dict[str, Callable[[], str]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     timeline: Timeline | None = None
+    keep: bool = False
+    """A failure that is the kernel's, and that the tear-down coped with, does not cost the host."""
 
     def save(self, name: str, text: str) -> None:
         """Save a piece of evidence as text; nothing is made of nothing.
@@ -100,7 +103,7 @@ class TestState:
         __tracebackhide__ = True
         try:
             watched_s = quiet_s if self.facts.lifecycle else 0.0
-            lease.finish(failed=self.failed, quiet_s=watched_s, leaks=leaks)
+            lease.finish(failed=self.failed, quiet_s=watched_s, leaks=leaks, keep=self.keep)
         finally:
             with contextlib.suppress(Exception):
                 self.save("kernel_log.txt", lease.kernel_log())
@@ -207,6 +210,7 @@ class Worker:
             threads=frozenset(threading.enumerate()),
             run_dir=self._session.run_dir,
             counts=self.beat().counts(),
+            keep=item.config.getoption("--kvmi-keep-hosts"),
         )
         self.beat().test(item.nodeid)
         try:
@@ -260,6 +264,9 @@ class Worker:
         judgement = classify(call.excinfo) if call.excinfo else Judgement(Outcome.PASS)
         if judgement.outcome.bad:
             state.failed = True
+            if judgement.outcome is not Outcome.FAIL or call.when == "teardown":
+                for host in state.hosts:
+                    host.spoil(f"{state.test} failed on it")
             state.save(
                 "failure.txt" if call.when != "teardown" else "failure_teardown.txt",
                 "\n\n".join(t for t in (judgement.details, report.longreprtext) if t),

@@ -117,6 +117,46 @@ def test_a_bad_test_leaves_nothing_behind(suite: Suite) -> None:
     assert suite.verdicts() == {"test_first": "PASS", "test_fails": "FAIL", "test_after": "PASS"}
 
 
+def test_hosts_may_be_kept_after_a_failure(suite: Suite) -> None:
+    """With --kvmi-keep-hosts: after one that is the kernel's, and that left no trace."""
+    suite.run(
+        """
+        pytestmark = pytest.mark.clause("HOOK-OK")
+        hosts = []
+
+        @pytest.fixture
+        def stuck(host):
+            yield
+            raise errors.ConformanceError("the guest does not end")
+
+        def test_fails(host):
+            hosts.append(host)
+            assert False
+        def test_is_ours(host):
+            assert host is hosts[0]
+            raise errors.InfraError("ours")
+        def test_warns(host):
+            assert host is not hosts[0]
+            hosts.append(host)
+            host.console.text += "WARNING: at kvmi.c:42\\n"
+            assert False
+        def test_stuck(host, stuck):
+            assert host is not hosts[1]
+            hosts.append(host)
+        def test_after(host): assert host is not hosts[2]
+        """,
+        "--kvmi-keep-hosts",
+    )
+    assert suite.verdicts() == {
+        "test_fails": "FAIL",
+        "test_is_ours": "ERROR",
+        "test_warns": "FAIL",
+        "test_stuck": "FAIL",
+        "test_after": "PASS",
+    }
+    assert "does not end" in suite.record("test_stuck")["reason"]
+
+
 def test_watch_after_a_sequence(suite: Suite) -> None:
     """A lifecycle test's host stays under watch: a late complaint is still this test's."""
     suite.run(

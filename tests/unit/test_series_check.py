@@ -17,7 +17,8 @@ from harness.build.checkers import checkpatch
 from harness.build.kernel import local_version
 from harness.build.series import Patch, load_series
 from harness.errors import BuildError, UsageError
-from harness.report.model import Outcome
+from harness.report.model import Outcome, RunFacts, Verdict
+from harness.report.store import Run
 from harness.series.ahead import building_ahead
 from harness.series.check import Check, check
 from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
@@ -162,6 +163,40 @@ def test_a_patch_of_documentation_is_as_the_one_before(settings: Settings, tmp_p
     found = Here(settings, series, select=None).judge(2)
     assert (found.same_as, found.verdicts) == (1, {"A": P})
     assert found.checkpatch
+
+
+def test_no_patch_is_blamed_for_what_does_not_come_again(settings: Settings) -> None:
+    """On hosts that serve on after failures, A fails by accident, and B for good; C never held."""
+    series = load_series(settings.kernel_series)
+    asked = []
+
+    class Here(Check):
+        """One with the runs of a list."""
+
+        runs = iter([{"A": F, "B": F, "C": F, "D": P}, {"A": P, "B": F}])
+
+        def _run(
+            self, settings: Settings, select: str | None, *, keep_hosts: bool = False
+        ) -> tuple[str, Run | None]:
+            asked.append((select, keep_hosts))
+            verdicts = [
+                Verdict(
+                    clause=clause, verdict=verdict, test=f"tests/{clause}.py", target="tcg",
+                    series="", duration_s=1.0, reason="why",
+                )
+                for clause, verdict in next(self.runs).items()
+            ]  # fmt: skip
+            facts = RunFacts(run="r", started="")
+            place = settings.reports / f"{len(asked)}"
+            return "", Run(path=place, facts=facts, verdicts=verdicts, plan=[])
+
+    one = Here(settings, series, select=None)
+    before = msgspec.structs.replace(judged(1, A=P, B=P, D=P), digest=series.first(1).digest)
+    one._known[before.digest] = before
+    trouble, run, verdicts = one._judge_clauses(2, settings)
+    assert (trouble, verdicts) == ("", {"A": P, "B": F, "C": F, "D": P})
+    assert run.endswith("/1")
+    assert asked == [(None, True), ("tests/A.py tests/B.py", False)]
 
 
 def test_series_that_cannot_be_checked(settings: Settings, tmp_path: Path) -> None:
