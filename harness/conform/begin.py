@@ -147,6 +147,7 @@ def rerun_of(settings: Settings, task: str) -> str:
     usual = with_series(load_settings())
     for name in _RERUN:
         value = getattr(settings, name)
-        if value != getattr(usual, name):
+        # That a series is not described is found out again.
+        if value != getattr(usual, name) and (value or name != "description"):
             command += f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
     return command
