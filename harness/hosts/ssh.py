@@ -427,7 +427,9 @@ class GuestShell(Shell):
         if connection not in self._commands:
             return True
         command = self._commands[connection]
-        return command is not None and command.status_event.is_set()
+        # A command that we closed early may still run, or be about to end. The channel counts
+        # as ended, and has no status.
+        return command is not None and (command.exit_status != -1 or not connection.is_active())
 
     @contextlib.contextmanager
     def _free_connection(self) -> Iterator[paramiko.Transport]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,10 +17,13 @@ from harness.hosts.ssh import GuestShell
 class _Channel:
     def __init__(self, transport: _Transport) -> None:
         self._transport = transport
-        self.status_event = threading.Event()
+        self.exit_status = -1
 
     def get_transport(self) -> _Transport:
         return self._transport
+
+    def close(self) -> None:
+        pass
 
     def exec_command(self, _command: str) -> None:
         if self._transport.refuses:
@@ -74,7 +76,7 @@ def _start(shell: GuestShell) -> Any:
 def test_one_after_another(shell: GuestShell, logins: list[_Transport]) -> None:
     """A command that comes when the one before has ended goes the same way."""
     for _ in range(3):
-        _start(shell).status_event.set()
+        _start(shell).exit_status = 0
     assert len(logins) == 1
 
 
@@ -82,12 +84,22 @@ def test_at_one_time(shell: GuestShell, logins: list[_Transport]) -> None:
     """One that comes while others run has a way of its own; the first way is used first again."""
     first, second = _start(shell), _start(shell)
     assert [first.get_transport(), second.get_transport()] == logins
-    second.status_event.set()
+    second.exit_status = 0
     assert _start(shell).get_transport() is logins[1]
-    first.status_event.set()
+    first.exit_status = 0
     assert _start(shell).get_transport() is logins[0]
     shell.close()
     assert not any(connection.alive for connection in logins)
+
+
+def test_closed_early(shell: GuestShell, logins: list[_Transport]) -> None:
+    """A command that we left may end at any time, and another must not be in its way."""
+    left = shell.spawn("true")
+    left.close()
+    assert _start(shell).get_transport() is logins[1]
+    logins[0].alive = False
+    with pytest.raises(InfraError, match="EOFError"):
+        _start(shell)
 
 
 def test_lost_connection_is_not_replaced(shell: GuestShell, logins: list[_Transport]) -> None:
