@@ -36,8 +36,6 @@ from harness.errors import DeadlineError, HarnessError, InfraError, UsageError
 from harness.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from harness.build.images import Images
-    from harness.build.kernel import KernelBuild
     from harness.hosts import Host
     from harness.manager.qemu import QemuGuest
 
@@ -95,12 +93,15 @@ def up(settings: Settings) -> Record:
     :raises UsageError: one is kept already.
     :raises InfraError: it did not come up; the keeper's words are in ``details``.
     """
+    # Here, not above: whoever only asks whether a host is kept need not load all of it.
+    from harness.build.builds import build_all
+
     if (running := kept(settings)) is not None:
         raise UsageError(
             f"a host is kept already, by process {running.pid}",
             hint="`inv host.ssh` logs in, `inv host.down` ends it",
         )
-    _built(settings)
+    build_all(settings)
     place = _place(settings)
     place.mkdir(parents=True, exist_ok=True)
     (place / "record.json").unlink(missing_ok=True)
@@ -202,16 +203,6 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _built(settings: Settings) -> tuple[KernelBuild, Images]:
-    # Here, not above: whoever only asks whether a host is kept need not load all of it.
-    from harness.build.images import build_images
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
-
-    kernel = build_kernel(settings)
-    return kernel, build_images(settings, kernel=kernel, qemu=build_qemu(settings))
-
-
 class _Keeper:
     """The background process: one host, perhaps a guest, until it is told to end."""
 
@@ -226,15 +217,16 @@ class _Keeper:
 
     def run(self) -> int:
         """Keep the host until SIGTERM, or until it dies; returns the exit code."""
+        from harness.build.builds import build_all
         from harness.hosts import target_for
 
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGUSR2, self._on_signal)
         self._write()
-        kernel, images = _built(self._settings)
+        builds = build_all(self._settings)
         target = target_for(self._settings)
-        target.prepare(kernel, images)
+        target.prepare(builds.kernel, builds.images)
         evidence = self._place / "evidence"
         evidence.mkdir(exist_ok=True)
         with target.start(name="kept", evidence=evidence) as host:

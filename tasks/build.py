@@ -84,14 +84,10 @@ def build_qemu(
 
 
 def _build_images(**options: Any) -> None:
-    from harness.build.images import build_images as build
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
+    from harness.build import builds
 
-    settings = ready(**options)
-    kernel = build_kernel(settings)
-    built = build(settings, kernel=kernel, qemu=build_qemu(settings))
-    print(f"host {built.host_disk}, guest {built.guest_initrd}")
+    images = builds.build_all(ready(**options)).images
+    print(f"host {images.host_disk}, guest {images.guest_initrd}")
 
 
 @harness_task("images")

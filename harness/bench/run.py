@@ -110,16 +110,14 @@ class _Ready:
 
 
 def _prepare(settings: Settings) -> _Ready:
-    from harness.build.images import build_images
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
+    from harness.build.builds import build_all
     from harness.hosts import target_for
 
     program = build(settings.cache, interface(settings))
     target = target_for(settings)
-    kernel = build_kernel(settings)
-    target.prepare(kernel, build_images(settings, kernel=kernel, qemu=build_qemu(settings)))
-    return _Ready(settings, program, kernel, target)
+    builds = build_all(settings)
+    target.prepare(builds.kernel, builds.images)
+    return _Ready(settings, program, builds.kernel, target)
 
 
 def _measure(places: Mapping[Path, Settings], options: Options, *, pair: str = "") -> list[Result]:

@@ -25,9 +25,7 @@ from harness.series import interface
 from harness.settings import Settings, load_settings, with_series
 
 if TYPE_CHECKING:
-    from harness.build.images import Images
-    from harness.build.kernel import KernelBuild
-    from harness.build.qemu import QemuBuild
+    from harness.build.builds import Builds
     from harness.report.model import MachineRecord
 
 __all__ = ["begin_run", "rerun_of", "writing"]
@@ -42,10 +40,8 @@ _RERUN = (
 def begin_run(
     settings: Settings,
     run_dir: Path,
+    builds: Builds,
     *,
-    kernel: KernelBuild,
-    qemu: QemuBuild,
-    images: Images,
     machine: MachineRecord,
     release: str,
     under_test: str,
@@ -65,6 +61,7 @@ def begin_run(
     :raises InfraError: the directory cannot be written.
     """
     profile = interface(settings)
+    kernel, qemu = builds.kernel, builds.qemu
     facts = RunFacts(
         run=run_dir.name,
         started=utc_now(),
@@ -103,7 +100,7 @@ def begin_run(
         if settings.known:
             shutil.copyfile(settings.known, run_dir / KNOWN)
         save_settings(run_dir, settings)
-        save_builds(run_dir, kernel=kernel, qemu=qemu, images=images)
+        save_builds(run_dir, builds)
         open_counters(run_dir, profile=profile).close()
         point_latest(run_dir)
 

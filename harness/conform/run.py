@@ -121,25 +121,19 @@ def _prepare(
     rerun: str,
 ) -> None:
     """Build, make the target ready, and leave in the run's directory what workers need."""
-    from harness.build.images import build_images
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
+    from harness.build.builds import build_all
     from harness.hosts import target_for
 
     start = time.monotonic()
     require_numbers(settings)
     target = target_for(settings)
-    kernel = build_kernel(settings)
-    qemu = build_qemu(settings)
-    images = build_images(settings, kernel=kernel, qemu=qemu)
-    target.prepare(kernel, images)
+    builds = build_all(settings)
+    target.prepare(builds.kernel, builds.images)
     machine = target.facts()
     begin_run(
         settings,
         run_dir,
-        kernel=kernel,
-        qemu=qemu,
-        images=images,
+        builds,
         machine=machine_record(machine),
         # Of the hosts; one that we did not boot may have another.
         release=machine.kernel_release,

@@ -112,7 +112,7 @@ class FleetMachine:
         address = self.machine.where()
         with step(f"Prepare machine {self.name}"):
             self._take()  # nobody else is to be disturbed by a restart
-            switch(self.machine, runtime.kernel)
+            switch(self.machine, runtime.builds.kernel)
             self._drop()
             control = self._take()
             self._boot_id = control.boot_id()
@@ -121,7 +121,7 @@ class FleetMachine:
             settings = dataclasses.replace(runtime.settings, ssh_host=self.machine.address)
             target = SshTarget(settings)
             target.address = address
-            target.prepare(runtime.kernel, runtime.images)
+            target.prepare(runtime.builds.kernel, runtime.builds.images)
             self.facts = target.facts()
             self._copy(control, runtime, vendor=self.facts.vendor)
             self._starts += 1

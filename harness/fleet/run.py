@@ -68,20 +68,16 @@ def run_fleet(
 
     Afterwards nothing of it runs on any machine that can still be reached.
     """
+    from harness.build.builds import build_all
     from harness.build.bundle import build_bundle
-    from harness.build.images import build_images
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
 
     begun = time.monotonic()
     arguments = selection(select)
     if shutil.which("ssh") is None:
         raise UsageError("ssh is not installed", hint="apt-get install openssh-client")
-    kernel = build_kernel(settings)
-    qemu = build_qemu(settings)
-    images = build_images(settings, kernel=kernel, qemu=qemu)
-    build_bundle(settings, images)
-    runtime = Runtime(settings, kernel, qemu, images, build_site(settings))
+    builds = build_all(settings)
+    build_bundle(settings, builds.images)
+    runtime = Runtime(settings, builds, build_site(settings))
     run_dir = new_run_dir(settings.reports)
     machines = [FleetMachine(machine, run_dir) for machine in inventory]
     try:
@@ -89,12 +85,10 @@ def run_fleet(
         begin_run(
             settings,
             run_dir,
-            kernel=kernel,
-            qemu=qemu,
-            images=images,
+            builds,
             machine=together(machines),
-            release=kernel.release,
-            under_test=kernel.series,
+            release=builds.kernel.release,
+            under_test=builds.kernel.series,
             target="fleet",
             chosen=f"{len(machines)} machines of an inventory",
             workers=sum(not machine.lost for machine in machines),

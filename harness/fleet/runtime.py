@@ -43,9 +43,7 @@ from harness.manager.payloads import Payload
 from harness.plugin.inputs import save_builds, save_settings
 
 if TYPE_CHECKING:
-    from harness.build.images import Images
-    from harness.build.kernel import KernelBuild
-    from harness.build.qemu import QemuBuild
+    from harness.build.builds import Builds
     from harness.settings import Settings
 
 __all__ = ["PYTHON", "REPOSITORY", "RUN", "Runtime", "build_site", "closure", "python_here"]
@@ -159,9 +157,7 @@ class Runtime:
     """All that is the same for all machines of a run."""
 
     settings: Settings
-    kernel: KernelBuild
-    qemu: QemuBuild
-    images: Images
+    builds: Builds
     site: Path
 
     @property
@@ -190,7 +186,7 @@ class Runtime:
             _compile(repository / "harness")
             for payload in sorted((paths.GUEST_IMAGES / "payloads").glob("*.S")):
                 Payload.load(payload.stem, vendor=vendor, root=place / "cache")
-            shutil.copytree(self.images.keys, place / "keys")
+            shutil.copytree(self.builds.images.keys, place / "keys")
             self._inputs(place / "run")
             shutil.copy(guard.__file__, place / "guard.py")
             start = place / "python"
@@ -224,8 +220,8 @@ class Runtime:
                 known=None,
             ),
         )
-        images = dataclasses.replace(self.images, keys=there / "keys")
-        save_builds(run_dir, kernel=self.kernel, qemu=self.qemu, images=images)
+        images = dataclasses.replace(self.builds.images, keys=there / "keys")
+        save_builds(run_dir, dataclasses.replace(self.builds, images=images))
 
 
 def version_of(text: str) -> str:

@@ -17,9 +17,7 @@ import msgspec
 from harness.report.store import MACHINE, write_atomically
 
 if TYPE_CHECKING:
-    from harness.build.images import Images
-    from harness.build.kernel import KernelBuild
-    from harness.build.qemu import QemuBuild
+    from harness.build.builds import Builds
     from harness.hosts import MachineFacts, Target
     from harness.report.model import MachineRecord
     from harness.settings import Settings
@@ -57,28 +55,19 @@ def load_run_settings(run_dir: Path, **overrides: Any) -> Settings:
     return load_settings(**(saved | given))
 
 
-def save_builds(run_dir: Path, *, kernel: KernelBuild, qemu: QemuBuild, images: Images) -> None:
+def save_builds(run_dir: Path, builds: Builds) -> None:
     """Leave what was built for the workers."""
-    data = {"kernel": _plain(kernel), "qemu": _plain(qemu), "images": _plain(images)}
-    write_atomically(run_dir / BUILDS, msgspec.json.encode(data))
+    write_atomically(run_dir / BUILDS, msgspec.json.encode(_plain(builds)))
 
 
-def _load_builds(run_dir: Path, settings: Settings) -> tuple[KernelBuild, QemuBuild, Images]:
-    from harness.build.images import Images, build_images
-    from harness.build.kernel import KernelBuild, build_kernel
-    from harness.build.qemu import QemuBuild, build_qemu
+def _load_builds(run_dir: Path, settings: Settings) -> Builds:
+    from harness.build.builds import Builds, build_all
 
     path = run_dir / BUILDS
     if path.is_file():
         data = msgspec.json.decode(path.read_bytes())
-
-        def convert(name: str, kind: type) -> Any:
-            return msgspec.convert(data[name], kind, dec_hook=lambda to, value: to(value))
-
-        return convert("kernel", KernelBuild), convert("qemu", QemuBuild), convert("images", Images)
-    kernel = build_kernel(settings)
-    qemu = build_qemu(settings)
-    return kernel, qemu, build_images(settings, kernel=kernel, qemu=qemu)
+        return msgspec.convert(data, Builds, dec_hook=lambda to, value: to(value))
+    return build_all(settings)
 
 
 def prepared_target(settings: Settings, run_dir: Path) -> Target:
@@ -86,8 +75,8 @@ def prepared_target(settings: Settings, run_dir: Path) -> Target:
     from harness.hosts import target_for
 
     target = target_for(settings)
-    kernel, _qemu, images = _load_builds(run_dir, settings)
-    target.prepare(kernel, images)
+    builds = _load_builds(run_dir, settings)
+    target.prepare(builds.kernel, builds.images)
     if not (run_dir / MACHINE).exists():
         save_machine(run_dir, target.facts())
     return target

@@ -244,13 +244,10 @@ def compare(settings: Settings, *, tests: Sequence[str] = (), place: Path) -> Co
 
 def _target(settings: Settings) -> Target:
     """What provides hosts with the kernel of the settings, ready to start them."""
-    from harness.build.images import build_images
-    from harness.build.kernel import build_kernel
-    from harness.build.qemu import build_qemu
+    from harness.build.builds import build_all
     from harness.hosts import target_for
 
     target = target_for(settings)
-    kernel = build_kernel(settings)
-    images = build_images(settings, kernel=kernel, qemu=build_qemu(settings))
-    target.prepare(kernel, images)
+    builds = build_all(settings)
+    target.prepare(builds.kernel, builds.images)
     return target

@@ -23,9 +23,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.build.images import build_images
+from harness.build.builds import build_all
 from harness.build.kernel import KernelBuild, build_kernel
-from harness.build.qemu import build_qemu
 from harness.errors import InfraError
 from harness.fleet.inventory import Machine, load_inventory
 from harness.fleet.switch import PLACE, switch
@@ -135,11 +134,10 @@ def _until(condition: Callable[[], object], what: str, *, timeout_s: float) -> N
 
 
 def _prepared(settings: Settings) -> tuple[TcgTarget, Keys]:
-    kernel = build_kernel(settings)
-    images = build_images(settings, kernel=kernel, qemu=build_qemu(settings))
+    builds = build_all(settings)
     target = TcgTarget(settings)
-    target.prepare(kernel, images)
-    return target, Keys(images.keys)
+    target.prepare(builds.kernel, builds.images)
+    return target, Keys(builds.images.keys)
 
 
 def _by_worker(run: Run, name: str) -> int:
