@@ -21,6 +21,7 @@ from harness import paths
 from harness.build.kernel import build_kernel
 from harness.build.progress import note
 from harness.build.qemu import build_qemu
+from harness.conform.selection import KERNEL_SUITES
 from harness.errors import BuildError, ConformanceError, UsageError
 from harness.report.store import last_run
 from harness.variants import chosen, entries_of, failing, passing_place, series_on_top
@@ -46,7 +47,7 @@ class _Kind:
 
 
 _KINDS = {
-    "kernel": _Kind(("tests/conformance",), "kernel_series", build_kernel),
+    "kernel": _Kind(KERNEL_SUITES, "kernel_series", build_kernel),
     "qemu": _Kind(
         # Those whose machines have no operating system: they say more, and take seconds.
         tuple(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from harness import paths
 from harness.build.progress import note
 from harness.build.series import load_series
-from harness.conform import SUITES, conform, ended_run
+from harness.conform import KERNEL_SUITES, conform, ended_run
 from harness.errors import UsageError
 from harness.report.store import last_run
 from harness.series.description import FILE_NAME, found_beside, load_description
@@ -91,10 +91,10 @@ def _judge(settings: Settings, one: Revision) -> str:
     with passing_place(settings, _ROOT) as root:
         variant = _variant(settings, one, root / one.name)
         if not one.red:
-            code = conform(variant, suites=SUITES[:1])
+            code = conform(variant, suites=KERNEL_SUITES)
             ended_run(variant)  # or an interrupt would end this variant alone
             return "" if code == 0 else f"not all held; see {last_run(variant.reports)}"
-        failed = failing(variant, one.red, suites=SUITES[:1])
+        failed = failing(variant, one.red, suites=KERNEL_SUITES)
         green = [clause for clause in one.red if clause not in failed]
         return f"{', '.join(green)} did not turn red" if green else ""
 

@@ -128,7 +128,7 @@ def _profile(raw: _File) -> Profile:
         name: Command(
             name=name,
             id=c.id,
-            is_vcpu=_odd(c.id) if c.vcpu is None else c.vcpu,
+            is_vcpu=_is_vcpu(c),
             request=find(c.request),
             reply=find(c.reply),
             reply_data=c.reply_data or None,
@@ -144,7 +144,7 @@ def _profile(raw: _File) -> Profile:
         name: Event(
             name=name,
             id=e.id,
-            is_vcpu=_odd(e.id) if e.vcpu is None else e.vcpu,
+            is_vcpu=_is_vcpu(e),
             c_name=e.c_name,
             payload=find(e.payload),
             reply=find(e.reply),
@@ -181,15 +181,14 @@ def _profile(raw: _File) -> Profile:
     return profile
 
 
-def _odd(id: int) -> bool:
-    """In v12, the lowest bit of an id says that it is about a vCPU."""
-    return id % 2 == 1
+def _is_vcpu(raw: _Command | _Event) -> bool:
+    """What the tables say; where they do not, v12's rule: the lowest bit of the id says it."""
+    return raw.id % 2 == 1 if raw.vcpu is None else raw.vcpu
 
 
 def _all_errors(command: _Command, unknown: str) -> tuple[str, ...]:
-    is_vcpu = _odd(command.id) if command.vcpu is None else command.vcpu
     refused = () if command.always_allowed else ("KVM_EPERM",)
-    common = (unknown, *refused, *(_VCPU_ERRORS if is_vcpu else ()))
+    common = (unknown, *refused, *(_VCPU_ERRORS if _is_vcpu(command) else ()))
     return tuple(dict.fromkeys((*common, *command.errors)))
 
 

@@ -19,11 +19,12 @@ from harness.conform.outcome import (
     tell,
 )
 from harness.conform.run import conform, prepare_run, run_suite
-from harness.conform.selection import SUITES, selection, speaks_to_qemu
+from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu
 from harness.conform.watch import run_pytest
 
 __all__ = [
     "INTERRUPTED",
+    "KERNEL_SUITES",
     "SUITES",
     "account",
     "begin_run",

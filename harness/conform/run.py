@@ -13,7 +13,7 @@ from harness import paths
 from harness.build.progress import note
 from harness.conform.begin import begin_run, rerun_of, writing
 from harness.conform.outcome import account, death_of, tell
-from harness.conform.selection import SUITES, selection, speaks_to_qemu
+from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu
 from harness.conform.watch import run_pytest
 from harness.hosts.choice import settled
 from harness.plugin.inputs import machine_record, save_machine
@@ -60,7 +60,7 @@ def conform(
     """
     if suites == SUITES and not speaks_to_qemu(settings):
         note("QEMU has other numbers than the kernel: the tests that need it are left out")
-        suites = SUITES[:1]
+        suites = KERNEL_SUITES
     arguments = selection(select, suites)
     if shard:
         part_of(shard)

@@ -104,29 +104,23 @@ class Lease:
         """What the host's kernel said since the test began."""
         return self.pooled.host.console.since(self._mark)
 
-    def finish(
-        self, *, failed: bool, quiet_s: float, leaks: bool = False, keep: bool = False
-    ) -> None:
-        """Judge the host and give it back.
+    def finish(self, *, watch_s: float = 0.0, leaks: bool = False) -> None:
+        """Judge the host and give it back; one whose kernel complained is not lent again.
 
-        :param failed: the test failed: the host is not reused, for what the test left on it.
-        :param keep: reuse it nevertheless, if its kernel did not complain.
-        :param quiet_s: how long the host of a good test stays under watch.
+        :param watch_s: how long it stays under watch before.
         :param leaks: ask its kernel for memory that it lost, in whichever test it was.
         :raises ConformanceError: its kernel complained, or crashed during the test.
         :raises LostHostError: it went away otherwise.
         """
         __tracebackhide__ = True
         try:
-            self._watch(0.0 if failed and not keep else quiet_s)
-            if leaks and not failed:
+            self._watch(watch_s)
+            if leaks:
                 self._look_for_leaks()
         except HarnessError as error:
             self.pooled.spoil(error.message)
             raise
         finally:
-            if failed and not keep:
-                self.pooled.spoil(f"{self._test} failed on it")
             self.pooled.last_test = self._test
             if self._fresh:
                 self.pooled.close()
@@ -142,11 +136,11 @@ class Lease:
                 details=leaks,
             )
 
-    def _watch(self, quiet_s: float) -> None:
+    def _watch(self, watch_s: float) -> None:
         __tracebackhide__ = True
         host = self.pooled.host
         pause = threading.Event()
-        deadline = time.monotonic() + quiet_s
+        deadline = time.monotonic() + watch_s
         while True:
             # A crash comes first: it explains all other complaints.
             host.check()

@@ -98,12 +98,13 @@ class TestState:
     def settle(self, lease: Lease, *, quiet_s: float, leaks: bool = False) -> None:
         """End the use of a host: keep its kernel's words, and judge it.
 
-        :param leaks: ask its kernel for memory that it lost.
+        :param quiet_s: how long one that will be used again stays under watch.
+        :param leaks: ask its kernel for memory that it lost; after a good test, that is.
         """
         __tracebackhide__ = True
         try:
-            watched_s = quiet_s if self.facts.lifecycle else 0.0
-            lease.finish(failed=self.failed, quiet_s=watched_s, leaks=leaks, keep=self.keep)
+            watched = self.facts.lifecycle and not lease.pooled.spoilt
+            lease.finish(watch_s=quiet_s if watched else 0.0, leaks=leaks and not self.failed)
         finally:
             with contextlib.suppress(Exception):
                 self.save("kernel_log.txt", lease.kernel_log())
@@ -264,7 +265,9 @@ class Worker:
         judgement = classify(call.excinfo) if call.excinfo else Judgement(Outcome.PASS)
         if judgement.outcome.bad:
             state.failed = True
-            if judgement.outcome is not Outcome.FAIL or call.when == "teardown":
+            coped = judgement.outcome is Outcome.FAIL and call.when != "teardown"
+            if not (state.keep and coped):
+                # For what the test left on it.
                 for host in state.hosts:
                     host.spoil(f"{state.test} failed on it")
             state.save(

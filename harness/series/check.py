@@ -29,7 +29,7 @@ from harness.build.kernel import build_kernel, patched_source
 from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import Patch, Series, load_series
-from harness.conform import conform, ended_run, selection
+from harness.conform import KERNEL_SUITES, conform, ended_run, selection
 from harness.errors import (
     BuildError,
     ConformanceError,
@@ -48,9 +48,6 @@ from harness.series.page import write_page
 from harness.settings import Settings
 
 __all__ = ["Check", "check"]
-
-SUITE = "tests/conformance"
-"""Clauses of the kernel's side: those of QEMU do not change with the kernel's patches."""
 
 _UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
 _JOURNAL = "judged.jsonl"
@@ -72,7 +69,7 @@ def check(settings: Settings, *, select: str | None = None, bisect: str | None =
         raise UsageError(f"the series {series.id} has no patches to check")
     if settings.kernel:
         raise UsageError("a kernel that was built elsewhere has no patches to check")
-    selection(bisect or select, (SUITE,))
+    selection(bisect or select, KERNEL_SUITES)
     one = Check(settings, series, select=bisect or select)
     try:
         if bisect:
@@ -133,7 +130,7 @@ class Check:
             return known
         start = time.monotonic()
         patch = series.patches[-1] if number else None
-        before = self._known.get(self.series.first(number - 1).digest) if number > 1 else None
+        before = self._before(number)
         if patch and before and before.verdicts and _only_text(patch):
             found = Judged(
                 number=number,
@@ -153,6 +150,10 @@ class Check:
             file.write(msgspec.json.encode(found) + b"\n")
         self._known[found.digest] = found
         return found
+
+    def _before(self, number: int) -> Judged | None:
+        """What was found out about the series without its patch ``number``."""
+        return self._known.get(self.series.first(number - 1).digest) if number > 1 else None
 
     def _look(self, number: int, patch: Patch | None, ahead: int | None) -> Judged:
         settings = self._settings(number)
@@ -193,7 +194,7 @@ class Check:
         verdicts = _verdicts(done)
         bad = {clause for clause, verdict in verdicts.items() if verdict.bad}
         if number < len(self.series.patches):
-            before = self._known.get(self.series.first(number - 1).digest) if number > 1 else None
+            before = self._before(number)
             held = before.verdicts if before else {}
             bad = {clause for clause in bad if held.get(clause) is Outcome.PASS}
         if bad and not trouble:
@@ -214,7 +215,7 @@ class Check:
             try:
                 # Ours is the table of all patches; each one's summary is in its directory.
                 with contextlib.redirect_stdout(summary):
-                    conform(settings, select=select, suites=(SUITE,), keep_hosts=keep_hosts)
+                    conform(settings, select=select, suites=KERNEL_SUITES, keep_hosts=keep_hosts)
             except (ConformanceError, InfraError) as error:
                 trouble = error.message
         try:
