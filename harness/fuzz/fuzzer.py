@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.abi import Codec, Profile
-from harness.errors import AbsentError, ConformanceError, HarnessError, InfraError
+from harness.errors import AbsentError, ConformanceError, HarnessError
 from harness.fuzz.calls import CallCases
 from harness.fuzz.executor import Executor
 from harness.fuzz.expect import Rules
@@ -62,9 +62,13 @@ class Fuzzer:
         )
         self._host = host
         self._sessions = 0
-        self.rules = self._ask()
-        self._forget()
-        self._base = look(host, pid=self.executor.pid)
+        try:
+            self.rules = self._ask()
+            self._forget()
+            self._base = look(host, pid=self.executor.pid)
+        except BaseException:
+            self.executor.close()
+            raise
 
     @property
     def alive(self) -> bool:
@@ -143,7 +147,10 @@ class Fuzzer:
     # -- what the kernel can do
 
     def _ask(self) -> Rules:
-        """Ask which commands and events there are, by the commands that are always allowed."""
+        """Ask which commands and events there are, by the commands that are always allowed.
+
+        :raises ConformanceError: it is not answered, or nothing can be hooked at all.
+        """
         commands: list[int] = []
         events: list[int] = []
         asked: list[tuple[int, list[int]]] = []
@@ -157,19 +164,27 @@ class Fuzzer:
                 frames.append(self._codec.frame(command, payload, len(asked)))
                 asked.append((id, found))
         hook, argument = self._codec.encode_ioctl("HOOK", fd=0)
-        ops = [
-            Op.vm(0, 0),
-            Op.sock(0, Sock.UNIX_STREAM),
-            Op.ioctl(0, hook, argument, arg=Arg.OURS),
-            Op.stream(0, frames, Mode.REPLIES, expected=len(asked)),
+        hooked = [
+            Op.vm(0, 0, expect={0}),
+            Op.sock(0, Sock.UNIX_STREAM, expect={0}),
+            Op.ioctl(0, hook, argument, arg=Arg.OURS, expect={0}),
         ]
-        for _case, outcome in self.executor.run([(0, ops)]):
+        ask = Op.stream(0, frames, Mode.REPLIES, expected=len(asked))
+        # Hooked for its own sake first: where that fails, nobody would answer, which takes long.
+        for _case, outcome in self.executor.run([(0, hooked)]):
+            if faults := judge(self.profile, hooked, outcome):
+                raise ConformanceError(
+                    f"a guest cannot be hooked: {faults[0]}",
+                    details=tell(self.profile, hooked, outcome),
+                )
+        for _case, outcome in self.executor.run([(0, [*hooked, ask])]):
             stream = outcome.lanes[0][-1]
             assert isinstance(stream, Streamed)
             if len(stream.replies) != len(asked):
-                raise InfraError(
+                raise ConformanceError(
                     f"VM_CHECK_COMMAND and VM_CHECK_EVENT gave {len(stream.replies)} answers to "
-                    f"{len(asked)} questions"
+                    f"{len(asked)} questions",
+                    details=tell(self.profile, [*hooked, ask], outcome),
                 )
             absent = -self.profile.errno["KVM_ENOENT"]
             for reply in stream.replies:

@@ -50,6 +50,7 @@ class SmallManager:
         hello = self.link.call("hello", timeout_s=60)
         self.pid: int = hello["pid"]
         self.vendor: str = hello["vendor"]
+        self._unknown: set[str] | None = None
 
     @property
     def alive(self) -> bool:
@@ -96,6 +97,28 @@ class SmallManager:
         answer = self.link.call("ioctl", on=on, request=KVM_CHECK_EXTENSION, arg={"value": number})
         value: int = answer["ret"]
         return value
+
+    def requires(self, *ioctls: str) -> None:
+        """Make sure that the host's kernel knows these ioctls: HOOK, COMMAND, EVENT.
+
+        It is asked once. Without it each test would find out by itself, and slowly.
+
+        :raises ConformanceError: it does not.
+        """
+        if self._unknown is None:
+            vm = self.create_vm()
+            try:
+                answers = {"HOOK": vm.hook(-1), "COMMAND": vm.command(-1), "EVENT": vm.event(-1)}
+            finally:
+                vm.close()
+            self._unknown = {name for name, answer in answers.items() if answer == "ENOTTY"}
+        if lacks := self._unknown.intersection(ioctls):
+            number = self.profile.capability
+            raise ConformanceError(
+                f"the kernel of host {self.host.name} does not know the ioctl "
+                f"{' and '.join(sorted(lacks))} (ENOTTY)",
+                hint=f"KVM_CHECK_EXTENSION({number}) answers {self.capability(number)}",
+            )
 
     # -- descriptors for HOOK
 

@@ -61,6 +61,7 @@ def lab(
     manager: SmallManager, evidence: Path, counters: SlotWriter, on_failure: OnFailure
 ) -> Iterator[Lab]:
     """Guests and sessions for one test; everything ends with it."""
+    manager.requires("HOOK")
     lab = Lab(manager, evidence=evidence, counters=counters)
     on_failure("guests", lab.guests)
     yield lab

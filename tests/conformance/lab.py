@@ -67,29 +67,31 @@ class Lab:
     def hook(self, vm: SmallVm, *, allow: bool = True) -> Session:
         """Hook a guest, and allow all commands and events unless told otherwise."""
         fd, sock = self.connect(vm)
-        if allow:
-            assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
-        else:
-            assert vm.hook(fd) == "OK"
+        self._hook(vm, fd, allow=allow)
         session = self.session(sock)
         for known, sessions in self._guests:
             if known is vm:
                 sessions.append(session)
         return session
 
-    def raw(self, vm: SmallVm, *, allow: bool = True) -> RawTool:
-        """Like :meth:`hook`, for a test that writes and reads the bytes itself."""
-        fd, sock = self.connect(vm)
+    def _hook(self, vm: SmallVm, fd: int, *, allow: bool) -> None:
         if allow:
+            self.manager.requires("COMMAND", "EVENT")
             assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
         else:
             assert vm.hook(fd) == "OK"
+
+    def raw(self, vm: SmallVm, *, allow: bool = True) -> RawTool:
+        """Like :meth:`hook`, for a test that writes and reads the bytes itself."""
+        fd, sock = self.connect(vm)
+        self._hook(vm, fd, allow=allow)
         raw = RawTool(sock, codec=self.codec, patience=self.manager.host.patience)
         self._open.append(raw)
         return raw
 
     def pair(self, *, run: bool = True, **wanted: Any) -> tuple[SmallVm, Session]:
         """Make a guest, hook it with everything allowed, and let its vCPUs run."""
+        self.manager.requires("COMMAND", "EVENT")
         vm = self.vm(**wanted)
         session = self.hook(vm)
         if run:

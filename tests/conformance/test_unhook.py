@@ -156,6 +156,7 @@ def test_frees(lab: Lab, manager: SmallManager) -> None:
     vm = lab.vm(vcpus=3)
     vm.run(0, 1)  # vCPU 2 never runs: what it is asked waits until UNHOOK
     life = _life(lab, vm)
+    _live(manager, life, times=1)
     _live(manager, life)
     before = _usage(manager)
     leaves_nothing(manager, lambda: _live(manager, life), lives=CYCLES)
@@ -181,9 +182,9 @@ class _Life:
     results: list[Any]
 
 
-def _live(manager: SmallManager, life: _Life) -> None:
+def _live(manager: SmallManager, life: _Life, *, times: int = CYCLES) -> None:
     """Repeat a life, and check that the last one was what it is meant to be."""
-    answers = manager.link.call("batch", requests=life.requests, repeat=CYCLES, timeout_s=120)
+    answers = manager.link.call("batch", requests=life.requests, repeat=times, timeout_s=120)
     for request, answer, expected in zip(life.requests, answers, life.results, strict=True):
         if request["op"] == "ioctl":
             assert errno_name(answer["errno"]) == expected
@@ -194,11 +195,6 @@ def _live(manager: SmallManager, life: _Life) -> None:
 def _life(lab: Lab, vm: SmallVm) -> _Life:
     """One life of a session: refused hooks, the hook, commands, an event, unhook."""
     codec = lab.codec
-    # The number that each new descriptor has is the first free one.
-    name, fd = lab.manager.socketpair()
-    lab.manager.close_fd(name)
-    lab.manager.close_fd(name + ".peer")
-    peer = name + ".peer"
     commands: list[tuple[str, dict[str, Any], int | None]] = [
         ("GET_VERSION", {}, reply_size(lab.profile, "GET_VERSION")),
         ("VM_READ_PHYSICAL", {"gpa": 0x20000, "size": 4096}, 8 + 4096),
@@ -209,6 +205,16 @@ def _life(lab: Lab, vm: SmallVm) -> _Life:
         ("VM_PAUSE_VCPU", {"vcpu": 2, "wait": 0}, 8),
         ("VM_PAUSE_VCPU", {"vcpu": 1, "wait": 0}, 8),
     ]
+    session = lab.hook(vm)
+    for command, _fields, _size in commands:
+        requires(session, command=command)
+    assert vm.unhook() == "OK"
+    session.close()
+    # The number that each new descriptor has is the first free one.
+    name, fd = lab.manager.socketpair()
+    lab.manager.close_fd(name)
+    lab.manager.close_fd(name + ".peer")
+    peer = name + ".peer"
     pause_event = 8 + event_size(lab.profile, "PAUSE")
     stream = b"".join(
         codec.frame(*codec.encode_command(command, **fields), seq)
