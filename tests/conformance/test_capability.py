@@ -67,6 +67,7 @@ def test_number(lab: Lab, profile: Profile) -> None:
 def test_parameter_is_writable(lab: Lab, profile: Profile) -> None:
     """kvm.introspection is a bool of mode 0644 whose value shows what was written."""
     path = PARAMETER + profile.module_parameter
+    assert profile.module_parameter in lab.manager.list_dir(PARAMETER)
     assert lab.manager.link.call("mode", path=path) == "644"
     assert lab.manager.read_file(path).strip() == "Y"
     with lab.introspection_off():
@@ -84,6 +85,7 @@ def test_parameter_is_off_by_default(
     """A host that boots without kvm.introspection on its command line has it off."""
     manager = SmallManager(fresh_host, profile=profile, cache=settings.cache)
     try:
+        assert profile.module_parameter in manager.list_dir(PARAMETER)
         assert manager.read_file(PARAMETER + profile.module_parameter).strip() == "N"
         assert manager.create_vm().hook(-1) == "EPERM"
     finally:
