@@ -87,7 +87,8 @@ class Executor:
                 raise
         self._sock.settimeout(deadline_s * 4 + 60)
         self.under_way: list[Case] = []
-        self.alive = True
+        self._broken = False
+        self._unread = 0
         unhook = profile.ioctl("UNHOOK").request
         parameter = f"/sys/module/kvm/parameters/{profile.module_parameter}"
         self._send(
@@ -96,6 +97,14 @@ class Executor:
         )  # fmt: skip
         for frame in (*_forms(profile), *encode_guests(vendor=vendor, cache=cache)):
             self._send(frame)
+
+    @property
+    def alive(self) -> bool:
+        """Whether more cases can be run: nothing is stuck, and whoever ran some took all outcomes.
+
+        Those that were left, as when one of them is a failure, would be taken for later ones'.
+        """
+        return not self._broken and self._unread == 0
 
     def run(self, cases: Iterable[Case], *, together: int = 1) -> Iterator[tuple[Case, Outcome]]:
         """Run cases one after another; their outcomes come in the same order.
@@ -107,6 +116,8 @@ class Executor:
         :raises HarnessError: the executor is lost; what became of the host, if that is gone.
             :attr:`under_way` are the cases one of which did it.
         """
+        if not self.alive:
+            raise InfraError("the executor has ended, or answers somebody else still")
         source = iter(cases)
         frames: deque[list[Case]] = deque()
         self.under_way = []
@@ -114,16 +125,17 @@ class Executor:
             while len(frames) < _AHEAD and (some := list(islice(source, together))):
                 frames.append(some)
                 self._send(encode_cases(some))
+                self._unread += 1
             if not frames:
                 return
             self.under_way = frames.popleft()
             outcomes = read_outcomes(self._receive())
+            self._unread -= 1
             by_number = {case[0]: case for case in self.under_way}
             for outcome in outcomes:
-                if outcome.stuck:
-                    self.alive = False
+                self._broken = self._broken or bool(outcome.stuck)
                 yield by_number[outcome.number], outcome
-            if not self.alive:
+            if self._broken:
                 return
             self.under_way = []
 
@@ -145,7 +157,7 @@ class Executor:
             try:
                 got = self._sock.recv_into(view[at:])
             except TimeoutError:
-                self.alive = False
+                self._broken = True
                 self.host.check()
                 raise SilenceError(
                     f"the executor in host {self.host.name} says nothing any more"
@@ -159,7 +171,7 @@ class Executor:
 
     def _lost(self, why: str) -> Exception:
         """What became of the executor: the host's own error if that is gone."""
-        self.alive = False
+        self._broken = True
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline and self.host.alive():
             time.sleep(0.1)  # a dying host's connections go first
@@ -173,7 +185,7 @@ class Executor:
 
     def close(self) -> None:
         """End it, and with it all its virtual machines."""
-        self.alive = False
+        self._broken = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
