@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import DeadlineError, HarnessError, InfraError
+from harness.hosts.stacks import stacks_in_kvm
 
 if TYPE_CHECKING:
     from harness.hosts import Host
@@ -99,7 +100,10 @@ class AgentLink:
         if ended is not None:
             raise self._gone(f"the agent ended during {what}: {ended}")
         self._host.check()
-        raise DeadlineError(f"the agent did not answer {what} in {timeout_s:.0f} s")
+        raise DeadlineError(
+            f"the agent did not answer {what} in {timeout_s:.0f} s",
+            details=stacks_in_kvm(self._host),
+        )
 
     def answered(self, number: int) -> bool:
         """Tell whether the answer to a request is there, without waiting."""

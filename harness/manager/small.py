@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.abi import Codec
 from harness.errors import AbsentError, ConformanceError, DeadlineError
+from harness.hosts.stacks import stacks_in_kvm
 from harness.manager.link import AgentLink
 from harness.manager.payloads import MAX_VCPUS, Machine, Mode, Payload, encode
 from harness.manager.smallvm import Slot, SmallVm, errno_name
@@ -215,12 +216,14 @@ class SmallManager:
             stuck = self.link.call("reset", timeout_s=timeout_s, unhook=unhook)
         except DeadlineError as error:
             raise ConformanceError(
-                "the device manager does not come out of UNHOOK, though its sockets are shut down"
+                "the device manager does not come out of UNHOOK, though its sockets are shut down",
+                details=error.details,
             ) from error
         if stuck:
             raise ConformanceError(
                 f"vCPU threads of {', '.join(stuck)} stay in KVM_RUN {timeout_s:.0f} s after "
-                "unhook, shutdown of the socket and a signal"
+                "unhook, shutdown of the socket and a signal",
+                details=stacks_in_kvm(self.host),
             )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConformanceError, DeadlineError, InfraError, SilenceError
+from harness.hosts.stacks import stacks_in_kvm
 from harness.manager.payloads import MAILBOX_STEP, MAILBOX_WORDS, Machine, mailbox
 
 if TYPE_CHECKING:
@@ -115,7 +116,10 @@ class SmallVm:
         """
         found = self._call("stop", vcpu=vcpu, timeout_s=timeout_s)
         if found is None:
-            raise ConformanceError(f"vCPU {vcpu} stays in KVM_RUN {timeout_s:.0f} s after a signal")
+            raise ConformanceError(
+                f"vCPU {vcpu} stays in KVM_RUN {timeout_s:.0f} s after a signal",
+                details=stacks_in_kvm(self.manager.host),
+            )
         return _exit(found)
 
     def kick(self, vcpu: int = 0) -> None:
@@ -145,7 +149,8 @@ class SmallVm:
         stuck = self._call("close_vm", timeout_s=timeout_s)
         if stuck:
             raise ConformanceError(
-                f"vCPUs {stuck} stay in KVM_RUN {timeout_s:.0f} s after a signal"
+                f"vCPUs {stuck} stay in KVM_RUN {timeout_s:.0f} s after a signal",
+                details=stacks_in_kvm(self.manager.host),
             )
 
     # -- memory, as the device manager sees it
