@@ -21,6 +21,7 @@ from harness.build.progress import note
 from harness.build.run import output_of
 from harness.errors import UsageError
 from harness.series import remote
+from harness.series.description import FILE_NAME
 from harness.series.mail import Kind, Mail, read_mail
 from harness.series.thread import Given, ordered, series_in
 
@@ -103,6 +104,13 @@ def _directory(directory: Path) -> Path:
     if not mails and (directory / ".git").exists():
         raise UsageError(
             f"{directory} is a git tree", hint=f"name the commits of the series: {directory}:A..B"
+        )
+    # An empty directory stands for no patches at all; one of something else is a mistake.
+    others = sorted(path.name for path in directory.iterdir() if path.name != FILE_NAME)
+    if not mails and others:
+        raise UsageError(
+            f"{directory} holds no patches: nothing there is called *.patch, but {others[0]} is",
+            hint=_hint(),
         )
     patches = []
     for mail in mails:
