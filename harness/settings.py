@@ -132,12 +132,18 @@ def with_series(settings: Settings) -> Settings:
         settings,
         kernel_series=kernel,
         qemu_series=fetched(settings.qemu_series, root=settings.cache),
-        description=settings.description or found_beside(kernel),
+        description=settings.description or found_beside(kernel) or _beside_mbox(settings),
     )
     description = description_of(settings)
     return dataclasses.replace(
         settings, abi=settings.abi or (description.revision if description else "v12")
     )
+
+
+def _beside_mbox(settings: Settings) -> str:
+    """As :func:`found_beside`, for a series that is a file: what was made of it is in the cache."""
+    mbox = Path(str(settings.kernel_series).partition("#")[0])
+    return found_beside(mbox.parent) if mbox.is_file() else ""
 
 
 def _read(source: Path) -> dict[str, Any]:
