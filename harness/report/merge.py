@@ -32,7 +32,8 @@ def merge(runs: Sequence[Path], *, reports: Path) -> Path:
 
     :param reports: where the new run's directory is made.
     :returns: that directory.
-    :raises UsageError: fewer than two runs, the same one twice, or runs of different software.
+    :raises UsageError: fewer than two runs, the same one twice, runs of different software, or
+        parts of different wholes.
     :raises InfraError: the new directory cannot be written.
     """
     parts = [load_run(path) for path in runs]
@@ -43,6 +44,12 @@ def merge(runs: Sequence[Path], *, reports: Path) -> Path:
         raise UsageError(f"a run is named twice: {' '.join(names)}")
     for part in parts[1:]:
         _require_same(parts[0], part)
+    if len({part.facts.shard.partition("/")[2] for part in parts if part.facts.shard}) > 1:
+        raise UsageError(
+            "these are parts of different wholes: "
+            + ", ".join(part.facts.shard for part in parts if part.facts.shard),
+            hint="run all parts with the same number of parts in --shard",
+        )
     place = new_run_dir(reports)
     try:
         _write(place, parts)
@@ -67,14 +74,14 @@ def _write(place: Path, parts: Sequence[Run]) -> None:
     verdicts = [_moved(verdict, part) for part in parts for verdict in part.all_verdicts()]
     notes = [f"{part.path.name}: {note}" for part in parts for note in part.notes]
     notes += [f"{p.path.name}: {p.end.reason}" for p in parts if p.end and p.end.reason]
-    if lost := _lost([part.facts.shard for part in parts]):
+    targets = dict.fromkeys(part.facts.target for part in parts)
+    if lost := _lost([part.facts.shard for part in parts if part.facts.shard]):
         notes.append(f"missing: shard {', '.join(lost)}")
     for part in parts:
         shutil.copytree(part.path, place / _PARTS / part.facts.run, symlinks=True)
         if (part.path / KNOWN).is_file():
             shutil.copyfile(part.path / KNOWN, place / KNOWN)
     write_plan(place, {p.test: p for part in parts for p in part.plan}.values())
-    targets = dict.fromkeys(part.facts.target for part in parts)
     with VerdictFile(place) as file:
         file.write(
             msgspec.structs.replace(
@@ -126,9 +133,8 @@ def _machine(facts: Sequence[RunFacts]) -> MachineRecord | None:
 
 
 def _lost(shards: Sequence[str]) -> list[str]:
-    """Parts that are not there, if these are parts of one whole."""
-    totals = {shard.partition("/")[2] for shard in shards if shard}
-    if len(totals) != 1:
+    """Parts that are not there."""
+    if not shards:
         return []
-    total = totals.pop()
+    total = shards[0].partition("/")[2]
     return [f"{n}/{total}" for n in range(1, int(total) + 1) if f"{n}/{total}" not in shards]
