@@ -159,12 +159,18 @@ def _nights(reports: Path) -> list[Path]:
 
 
 def _last_whole(reports: Path) -> Path | None:
-    """The newest run that was not killed: what such a one did not test cannot have broken."""
+    """The newest run that came to its end; if none did, the newest that was not killed.
+
+    What another did not test cannot be seen to break.
+    """
+    cut = None
     for path in reversed(_nights(reports)):
         with contextlib.suppress(UsageError):
-            if load_run(path).end is not None:
+            end = load_run(path).end
+            if end is not None and not end.reason:
                 return path
-    return None
+            cut = cut or (path if end else None)
+    return cut
 
 
 def forget(reports: Path, *, keep: int) -> None:

@@ -50,6 +50,9 @@ class Difference:
             return False
         if self.change is Change.NEW:
             return self.after is not None and self.after.bad
+        if self.change is Change.OTHERWISE:
+            # Nobody knows what it was before: a break must not hide behind a night of trouble.
+            return self.after is Outcome.FAIL
         return self.change is Change.BROKE or (
             self.change is Change.VANISHED and self.before is Outcome.PASS
         )
