@@ -8,7 +8,7 @@ and this process makes documents of that file. Both end with this process.
 
 from __future__ import annotations
 
-from harness.conform.begin import begin_run, rerun_of
+from harness.conform.begin import begin_run, check_inputs, rerun_of
 from harness.conform.outcome import (
     INTERRUPTED,
     account,
@@ -19,7 +19,7 @@ from harness.conform.outcome import (
     tell,
 )
 from harness.conform.run import conform, prepare_run, run_suite
-from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu
+from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu, suites_for
 from harness.conform.watch import run_pytest
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "SUITES",
     "account",
     "begin_run",
+    "check_inputs",
     "conform",
     "death_of",
     "ended_run",
@@ -39,5 +40,6 @@ __all__ = [
     "run_suite",
     "selection",
     "speaks_to_qemu",
+    "suites_for",
     "tell",
 ]

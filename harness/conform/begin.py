@@ -19,22 +19,36 @@ from harness.errors import InfraError
 from harness.plugin.beat import open_counters
 from harness.plugin.inputs import save_builds, save_settings
 from harness.report.known import FILE_NAME as KNOWN
+from harness.report.known import load_known
 from harness.report.model import RunFacts
 from harness.report.store import VerdictFile, point_latest, utc_now
 from harness.series import interface
+from harness.series.numbers import require_numbers
 from harness.settings import Settings, load_settings, with_series
 
 if TYPE_CHECKING:
     from harness.build.builds import Builds
     from harness.report.model import MachineRecord
 
-__all__ = ["begin_run", "rerun_of", "writing"]
+__all__ = ["begin_run", "check_inputs", "rerun_of", "writing"]
 
 _RERUN = (
     "target", "ssh_host", "kernel_series", "qemu_series", "kernel_base", "qemu_base", "flavour",
     "kernel", "abi", "description",
 )  # fmt: skip
 """Settings that the command has which starts a run again."""
+
+
+def check_inputs(settings: Settings, *, numbers: bool = True) -> None:
+    """Find what is wrong with the inputs of a run before the work, not after it.
+
+    :param numbers: whether the kernel has to have the numbers that it is held to.
+    :raises UsageError: a wrong list of known failures, or other numbers.
+    """
+    if settings.known:
+        load_known(settings.known)
+    if numbers:
+        require_numbers(settings)
 
 
 def begin_run(
@@ -53,6 +67,7 @@ def begin_run(
     prepare_s: float,
     repeat: int = 1,
     shard: str = "",
+    left_out: str = "",
 ) -> None:
     """Write down what a run is, and leave in its directory what workers need.
 
@@ -74,6 +89,7 @@ def begin_run(
         select=select,
         repeat=repeat,
         shard=shard,
+        left_out=left_out,
         rerun=rerun,
         harness=__version__,
         python=platform.python_version(),

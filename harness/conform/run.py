@@ -11,16 +11,14 @@ from pathlib import Path
 
 from harness import paths
 from harness.build.progress import note
-from harness.conform.begin import begin_run, rerun_of, writing
+from harness.conform.begin import begin_run, check_inputs, rerun_of, writing
 from harness.conform.outcome import account, death_of, tell
-from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu
+from harness.conform.selection import SUITES, selection, suites_for
 from harness.conform.watch import run_pytest
 from harness.hosts.choice import settled
 from harness.plugin.inputs import machine_record, save_machine
 from harness.plugin.shard import part_of
-from harness.report.known import load_known
 from harness.report.store import new_run_dir
-from harness.series.numbers import require_numbers
 from harness.settings import Settings
 
 __all__ = ["conform", "prepare_run", "run_suite"]
@@ -36,7 +34,7 @@ def conform(
     repeat: int = 1,
     shard: str | None = None,
     suites: Sequence[str] = SUITES,
-    keep_hosts: bool = False,
+    unfinished: bool = False,
 ) -> int:
     """Hold the series of the settings to the suite.
 
@@ -46,8 +44,10 @@ def conform(
     :param shard: run only this part, ``2/3``, of what would run; see
         :func:`harness.report.merge.merge` for what to do with the parts.
     :param suites: directories of tests that ``select`` chooses from.
-    :param keep_hosts: a host serves on after a failure that left no trace on it. Without this
-        each failure costs a new host, so that none can lead to another.
+    :param unfinished: the series is not whole. What the kernel says it lacks is not tested; hosts
+        serve on after failures that left no trace, of which there are many; and it may have
+        other numbers than it is held to: then nothing holds. Without this each failure costs a
+        new host, so that none can lead to another.
     :returns: the exit code: 0 all held, 1 a promise was broken, 2 usage, 4 our own side or
         the machine.
     :raises UsageError: ``select`` names nothing.
@@ -58,20 +58,26 @@ def conform(
     Afterwards the run's directory holds verdicts and documents, also if this ends with an
     exception after the first test began.
     """
-    if suites == SUITES and not speaks_to_qemu(settings):
-        note("QEMU has other numbers than the kernel: the tests that need it are left out")
-        suites = KERNEL_SUITES
+    suites, left_out = suites_for(settings, suites)
+    if left_out:
+        note(f"Not tested: {left_out}")
     arguments = selection(select, suites)
     if shard:
         part_of(shard)
         arguments.append(f"--kvmi-shard={shard}")
     settings, run_dir = prepare_run(
-        settings, task="conform", select=select or "", repeat=repeat, shard=shard or ""
+        settings,
+        task="conform",
+        select=select or "",
+        repeat=repeat,
+        shard=shard or "",
+        left_out=left_out,
+        numbers=not unfinished,
     )
     workers = settings.workers
     note(f"Run the suite with {workers} worker{'s' if workers > 1 else ''}: {run_dir}")
-    if keep_hosts:
-        arguments.append("--kvmi-keep-hosts")
+    if unfinished:
+        arguments.append("--kvmi-unfinished")
     if repeat > 1:
         arguments += [f"--kvmi-repeat={repeat}", "-x"]
     return run_suite(run_dir, [f"-n{workers}", *arguments])
@@ -85,6 +91,8 @@ def prepare_run(
     select: str = "",
     repeat: int = 1,
     shard: str = "",
+    left_out: str = "",
+    numbers: bool = True,
 ) -> tuple[Settings, Path]:
     """Choose the target, build, and make the target and the directory of a run ready.
 
@@ -92,8 +100,7 @@ def prepare_run(
     :returns: the settings with the target in them, and the directory, for :func:`run_suite`.
     :raises HarnessError: as :func:`conform`, before anything was run.
     """
-    if settings.known:
-        load_known(settings.known)  # a wrong list is told before the work, not after it
+    check_inputs(settings, numbers=numbers)
     run_dir = new_run_dir(settings.reports)
     rerun = rerun_of(settings, task) + options
     settings, choice = settled(settings)
@@ -104,6 +111,7 @@ def prepare_run(
         select=select,
         repeat=repeat,
         shard=shard,
+        left_out=left_out,
         chosen=choice.reason,
         rerun=rerun,
     )
@@ -117,6 +125,7 @@ def _prepare(
     select: str,
     repeat: int,
     shard: str,
+    left_out: str,
     chosen: str,
     rerun: str,
 ) -> None:
@@ -125,7 +134,6 @@ def _prepare(
     from harness.hosts import target_for
 
     start = time.monotonic()
-    require_numbers(settings)
     target = target_for(settings)
     builds = build_all(settings)
     target.prepare(builds.kernel, builds.images)
@@ -144,6 +152,7 @@ def _prepare(
         select=select,
         repeat=repeat,
         shard=shard,
+        left_out=left_out,
         rerun=rerun,
         prepare_s=time.monotonic() - start,
     )

@@ -14,7 +14,7 @@ from harness.errors import UsageError
 from harness.series import interface
 from harness.settings import Settings
 
-__all__ = ["KERNEL_SUITES", "SUITES", "selection", "speaks_to_qemu"]
+__all__ = ["KERNEL_SUITES", "SUITES", "selection", "speaks_to_qemu", "suites_for"]
 
 KERNEL_SUITES = ("tests/conformance",)
 """Tests of the kernel alone: QEMU's patches do not change what they say."""
@@ -57,6 +57,18 @@ def _check_clause(pattern: str) -> None:
             f"there is no clause {pattern}",
             hint=f"did you mean {', '.join(near)}?" if near else "see harness/abi/clauses.toml",
         )
+
+
+def suites_for(settings: Settings, asked: Sequence[str] = SUITES) -> tuple[Sequence[str], str]:
+    """Those of the suites that were asked for that can be run with the kernel under test.
+
+    :returns: them, and what is left out of the whole and why, for the report.
+    """
+    if not set(SUITES) - {*KERNEL_SUITES} & {*asked}:
+        return asked, "the QEMU side, as only the kernel's was asked for"
+    if not speaks_to_qemu(settings):
+        return KERNEL_SUITES, "the QEMU side, as QEMU has other numbers than the kernel"
+    return asked, ""
 
 
 def speaks_to_qemu(settings: Settings) -> bool:

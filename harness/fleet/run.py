@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.conform import begin_run, rerun_of, selection, tell
+from harness.conform import begin_run, check_inputs, rerun_of, selection, suites_for, tell
 from harness.errors import HarnessError, InfraError, UsageError
 from harness.fleet.inventory import load_inventory
 from harness.fleet.machine import FleetMachine
@@ -72,7 +72,9 @@ def run_fleet(
     from harness.build.bundle import build_bundle
 
     begun = time.monotonic()
-    arguments = selection(select)
+    suites, left_out = suites_for(settings)
+    arguments = selection(select, suites)
+    check_inputs(settings)
     if shutil.which("ssh") is None:
         raise UsageError("ssh is not installed", hint="apt-get install openssh-client")
     builds = build_all(settings)
@@ -93,6 +95,7 @@ def run_fleet(
             chosen=f"{len(machines)} machines of an inventory",
             workers=sum(not machine.lost for machine in machines),
             select=select or "",
+            left_out=left_out,
             rerun=started_by,
             prepare_s=time.monotonic() - begun,
         )

@@ -41,6 +41,8 @@ from harness.fleet import guard
 from harness.fleet.switch import PLACE
 from harness.manager.payloads import Payload
 from harness.plugin.inputs import save_builds, save_settings
+from harness.series.description import FILE_NAME as DESCRIPTION
+from harness.series.description import shipped
 
 if TYPE_CHECKING:
     from harness.build.builds import Builds
@@ -205,6 +207,10 @@ class Runtime:
         """Settings and builds, as they are on the machine."""
         run_dir.mkdir()
         there = Path(PLACE) / "run"
+        described = self.settings.description
+        if described and described not in shipped():
+            shutil.copy(described, run_dir / DESCRIPTION)
+            described = str(there / run_dir.name / DESCRIPTION)
         save_settings(
             run_dir,
             dataclasses.replace(
@@ -218,6 +224,7 @@ class Runtime:
                 kernel_base=None,
                 qemu_base=None,
                 known=None,
+                description=described,
             ),
         )
         images = dataclasses.replace(self.builds.images, keys=there / "keys")

@@ -51,7 +51,7 @@ def whole(view: RunView) -> bool:
     """
     end = view.run.end
     complete = end is not None and not end.reason and not view.run.notes
-    partial = view.facts.select or view.facts.shard
+    partial = view.facts.select or view.facts.shard or view.facts.left_out
     held = bool(view.counts[Outcome.PASS]) and not any(v.verdict.bad for v in view.verdicts)
     return complete and not partial and held
 
@@ -101,6 +101,7 @@ def _what(view: RunView) -> Iterator[str]:
     yield from _fact("when", f"{facts.started}, {tests} test{'' if tests == 1 else 's'}")
     if facts.select:
         yield from _fact("only", f"what matches {facts.select}")
+    yield from _fact("not", facts.left_out)
     for note in [*view.run.notes, *([view.run.end.reason] if view.run.end else [])]:
         if note:
             yield from _fact("note", note)

@@ -124,7 +124,8 @@ class RunFacts(
     ``select`` and ``repeat`` repeat the call's choice of tests, so that the page can say that
     a run was partial on purpose. ``rerun`` is the command that started it, to which
     ``--select`` can be added. ``prepare_s`` is how long building and booting took before.
-    ``shard`` is the part that it ran, as ``1/3``. ``unclaimed`` is what ``abi`` has and the series
+    ``shard`` is the part that it ran, as ``1/3``. ``left_out`` says what of the suite was not
+    run, and why. ``unclaimed`` is what ``abi`` has and the series
     does not claim: commands, events and ioctls.
     ``kernel`` and ``qemu`` hold the build's ``key``, ``release`` or ``version``, and of its
     series ``series`` (the id), ``title``, ``patches`` (how many), ``base``, ``message_id`` and
@@ -142,6 +143,7 @@ class RunFacts(
     select: str = ""
     repeat: int = 1
     shard: str = ""
+    left_out: str = ""
     rerun: str = ""
     harness: str = ""
     python: str = ""
