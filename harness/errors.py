@@ -85,6 +85,10 @@ class PatchError(BuildError):
     """A patch of a series does not apply; the message names patch, file and line."""
 
 
+class CompileError(BuildError):
+    """What is built refuses to be: the program that builds it said so, and was not ended."""
+
+
 class ConfigError(BuildError):
     """A kernel configuration lost an option that was asked for."""
 

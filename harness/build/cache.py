@@ -28,7 +28,7 @@ from harness.build.progress import note
 from harness.build.run import without_space
 from harness.errors import BuildError, DeadlineError
 
-__all__ = ["Input", "clean", "entry", "full_disk", "key_of", "lock", "require_space"]
+__all__ = ["Input", "clean", "digest_of", "entry", "full_disk", "key_of", "lock", "require_space"]
 
 Input = str | bytes | Path
 """Text and bytes as they are; a path stands for the content below it."""
@@ -62,7 +62,7 @@ def entry(
     Making an entry deletes the oldest of its kind: those that nobody asked for in the last
     hours, except the newest few.
     """
-    digests = {name: _digest(value) for name, value in sorted(inputs.items())}
+    digests = {name: digest_of(value) for name, value in sorted(inputs.items())}
     key = key_of(digests)
     place = root / kind / key
     if (place / "inputs.json").is_file():
@@ -101,7 +101,8 @@ def key_of(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _digest(value: Input) -> str:
+def digest_of(value: Input) -> str:
+    """SHA-256 of an input, in hexadecimal digits."""
     if isinstance(value, str):
         value = value.encode()
     if isinstance(value, bytes):
@@ -111,7 +112,7 @@ def _digest(value: Input) -> str:
         for path in sorted(value.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 mode = "x" if os.access(path, os.X_OK) else "-"
-                line = f"{path.relative_to(value)}\0{mode}\0{_digest(path)}\n"
+                line = f"{path.relative_to(value)}\0{mode}\0{digest_of(path)}\n"
                 summary.update(line.encode())
         return summary.hexdigest()
     with value.open("rb") as file:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from harness.errors import BuildError
+from harness.errors import BuildError, CompileError
 
 __all__ = ["bound_to_us", "output_of", "refuse_full_disk", "run_logged", "without_space"]
 
@@ -102,7 +102,10 @@ def run_logged(
         )
     cause = f": {telling[0]}" if telling else ""
     ended = f"signal {-status}" if status < 0 else f"exit code {status}"
-    raise BuildError(f"{name} failed ({ended}){cause}", hint=f"log: {log}", details=details)
+    # A compiler that the kernel killed, for memory mostly, says nothing about what it compiled.
+    refused = status > 0 and "Killed signal terminated program" not in details
+    kind = CompileError if refused else BuildError
+    raise kind(f"{name} failed ({ended}){cause}", hint=f"log: {log}", details=details)
 
 
 def _run(

@@ -56,10 +56,10 @@ def add_options(parser: pytest.Parser) -> None:
         help="the run is one of many machines; see harness.fleet",
     )
     group.addoption(
-        "--kvmi-keep-hosts",
+        "--kvmi-unfinished",
         action="store_true",
-        help="a host on which a test failed serves the next one, if it seems to be well: faster "
-        "where many fail, but one failure may lead to another",
+        help="the series is not whole: what the kernel says it lacks is not tested, and hosts "
+        "serve on after failures that left no trace",
     )
     group.addoption(
         "--kvmi-repeat",

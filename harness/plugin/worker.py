@@ -211,7 +211,7 @@ class Worker:
             threads=frozenset(threading.enumerate()),
             run_dir=self._session.run_dir,
             counts=self.beat().counts(),
-            keep=item.config.getoption("--kvmi-keep-hosts"),
+            keep=item.config.getoption("--kvmi-unfinished"),
         )
         self.beat().test(item.nodeid)
         try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,30 +23,48 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from harness import paths
+from harness.abi import load_clauses
 from harness.build import cache, checkers
 from harness.build.kernel import build_kernel, patched_source
 from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import Patch, Series, load_series
+from harness.build.sources import linux_source
 from harness.conform import KERNEL_SUITES, conform, ended_run, selection
 from harness.errors import (
     BuildError,
+    CompileError,
+    ConfigError,
     ConformanceError,
+    DeadlineError,
     HarnessError,
-    InfraError,
+    LostHostError,
     PatchError,
     UsageError,
 )
 from harness.report.model import Outcome
 from harness.report.store import Run
-from harness.report.view import view_of
+from harness.report.view import RunView, view_of
 from harness.series.ahead import building_ahead
-from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.series.description import interface
+from harness.series.history import (
+    Judged,
+    breaks,
+    first_change,
+    holds_since,
+    to_csv,
+    untested_before,
+)
+from harness.series.numbers import defined_numbers, require_numbers
 from harness.series.page import FILE_NAME as PAGE
 from harness.series.page import write_page
 from harness.settings import Settings
 
 __all__ = ["Check", "check"]
+
+_DECISIVE = (paths.ROOT / "tests" / "conformance", *sorted(paths.KERNEL_CONFIG.glob("*.config")))
+"""What decides over verdicts beside the patches and the settings."""
 
 _UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
 _JOURNAL = "judged.jsonl"
@@ -69,14 +86,32 @@ def check(settings: Settings, *, select: str | None = None, bisect: str | None =
         raise UsageError(f"the series {series.id} has no patches to check")
     if settings.kernel:
         raise UsageError("a kernel that was built elsewhere has no patches to check")
-    selection(bisect or select, KERNEL_SUITES)
-    one = Check(settings, series, select=bisect or select)
+    if bisect:
+        _require_clause(settings, bisect)
+    selection(select, KERNEL_SUITES)
+    source = linux_source(settings)
+    one = Check(
+        settings,
+        series,
+        select=bisect or select,
+        alone=bool(bisect),
+        base=f"{source.name} {source.version} {source.digest}",
+    )
+    one.require_own_numbers()
     try:
         if bisect:
             return _bisect(one, bisect)
         return _tell(one, list(_each(one)))
     finally:
         shutil.rmtree(one.passing, ignore_errors=True)
+
+
+def _require_clause(settings: Settings, clause: str) -> None:
+    if clause not in load_clauses(interface(settings).name):
+        raise UsageError(
+            f"there is no clause {clause} to look for: --bisect takes the id of one",
+            hint="--select takes patterns and tests, too",
+        )
 
 
 def _each(one: Check) -> Iterator[Judged]:
@@ -98,27 +133,46 @@ class Check:
     """A series that is being checked, with what was found out so far.
 
     :param select: what is run of the suite.
+    :param alone: patches are not judged in their order, so that nothing is known of the one before.
+    :param base: the source that the series is for, with its version and digest.
     """
 
-    def __init__(self, settings: Settings, series: Series, *, select: str | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        series: Series,
+        *,
+        select: str | None,
+        alone: bool = False,
+        base: str = "",
+    ) -> None:
         self.settings = settings
         self.series = series
         self.select = select
+        self.alone = alone
+        # All that a verdict depends on, beside the patches: a journal of other tests is another.
         what = {
             "select": select or "",
             "target": settings.target,
             "flavour": settings.flavour,
-            "abi": settings.abi,
-            "description": settings.description,
+            "interface": repr(interface(settings)),
+            "base": base,
             "qemu": load_series(settings.qemu_series).digest,
         }
-        key = cache.key_of({"check": json.dumps(what)})[:6]
+        digests = {name: cache.digest_of(text) for name, text in what.items()}
+        digests |= {place.name: cache.digest_of(place) for place in _DECISIVE}
+        key = cache.key_of(digests)[:6]
         self.place = settings.reports / "series" / f"{series.id}-{key}"
         self.place.mkdir(parents=True, exist_ok=True)
         self.passing = settings.cache / "check" / self.place.name
         self._journal = self.place / _JOURNAL
         self._journal.touch()
         self._known = {one.digest: one for one in _records(self._journal)}
+
+    @property
+    def judged(self) -> list[Judged]:
+        """All that is known so far."""
+        return list(self._known.values())
 
     def judge(self, number: int, *, ahead: int | None = None) -> Judged:
         """What there is to say about the series up to its patch ``number``; 0 is the base.
@@ -130,16 +184,9 @@ class Check:
             return known
         start = time.monotonic()
         patch = series.patches[-1] if number else None
-        before = self._before(number)
+        before = self._known.get(self.series.first(number - 1).digest) if number > 1 else None
         if patch and before and before.verdicts and _only_text(patch):
-            found = Judged(
-                number=number,
-                patch=patch.name,
-                digest=series.digest,
-                checkpatch=self._checkpatch(self._settings(number), patch),
-                verdicts=before.verdicts,
-                same_as=before.same_as or before.number,
-            )
+            found = self._as_before(number, patch, before)
         else:
             found = self._look(number, patch, ahead)
             shutil.rmtree(self.passing / f"{number:04d}", ignore_errors=True)
@@ -151,9 +198,41 @@ class Check:
         self._known[found.digest] = found
         return found
 
-    def _before(self, number: int) -> Judged | None:
-        """What was found out about the series without its patch ``number``."""
-        return self._known.get(self.series.first(number - 1).digest) if number > 1 else None
+    def require_own_numbers(self) -> None:
+        """Check that the series speaks what it is held to.
+
+        That is for the first patch to say that defines numbers. One that changes them later
+        breaks what held, and is told so.
+
+        :raises UsageError: it does not.
+        """
+        for number in range(1, len(self.series.patches) + 1):
+            if defined_numbers(self.series.first(number)):
+                require_numbers(self._settings(number))
+                return
+
+    def _as_before(self, number: int, patch: Patch, before: Judged) -> Judged:
+        """What there is to say about a patch of text alone."""
+        found = Judged(number=number, patch=patch.name, digest="")
+        try:
+            remarks = self._checkpatch(self._settings(number), patch)
+        except PatchError as error:
+            return msgspec.structs.replace(found, applies=error.message)
+        return msgspec.structs.replace(
+            found,
+            checkpatch=remarks,
+            verdicts=before.verdicts,
+            known=before.known,
+            same_as=before.same_as or before.number,
+        )
+
+    def _held(self, number: int) -> set[str]:
+        """The clauses that held when the series was last tested before its patch ``number``."""
+        for earlier in range(number - 1, 0, -1):
+            one = self._known.get(self.series.first(earlier).digest)
+            if one and one.verdicts:
+                return {name for name, outcome in one.verdicts.items() if outcome is Outcome.PASS}
+        return set()
 
     def _look(self, number: int, patch: Patch | None, ahead: int | None) -> Judged:
         settings = self._settings(number)
@@ -163,7 +242,7 @@ class Check:
             build_kernel(settings)
         except PatchError as error:
             return msgspec.structs.replace(found, applies=error.message)
-        except BuildError as error:
+        except (CompileError, ConfigError) as error:
             return msgspec.structs.replace(found, builds=error.message)
         if patch:
             found = msgspec.structs.replace(
@@ -175,48 +254,51 @@ class Check:
         if ahead is not None and ahead <= len(self.series.patches):
             following = self._settings(ahead)
         with building_ahead(following, self._where(number) / "ahead"):
-            boots, run, verdicts = self._judge_clauses(number, settings)
-        return msgspec.structs.replace(found, boots=boots, run=run, verdicts=verdicts)
+            return self._judge_clauses(number, settings, found)
 
-    def _judge_clauses(
-        self, number: int, settings: Settings
-    ) -> tuple[str, str, dict[str, Outcome]]:
-        """What kept the kernel from being tested; the run's directory; the clauses' verdicts.
+    def _judge_clauses(self, number: int, settings: Settings, found: Judged) -> Judged:
+        """Add what kept the kernel from being tested, or its run and the clauses' verdicts.
 
         Before a series is whole most tests fail, and a host for each of these would take most
         of the time. So hosts serve on after a failure, and no patch is blamed for one that
         does not come again on a fresh host; nor is the series, after its last patch.
         """
         shutil.rmtree(settings.reports, ignore_errors=True)  # of a check that was interrupted
-        trouble, done = self._run(settings, self.select, keep_hosts=True)
+        last = number == len(self.series.patches)
+        trouble, done = self._run(settings, self.select, unfinished=not last)
         if done is None:
-            return trouble or "no test ran", "", {}
-        verdicts = _verdicts(done)
-        bad = {clause for clause, verdict in verdicts.items() if verdict.bad}
-        if number < len(self.series.patches):
-            before = self._before(number)
-            held = before.verdicts if before else {}
-            bad = {clause for clause in bad if held.get(clause) is Outcome.PASS}
+            return msgspec.structs.replace(found, boots=trouble or "no test ran")
+        view = view_of(done)
+        verdicts = _verdicts(view)
+        bad = {clause for clause, verdict in verdicts.items() if verdict.bad} - view.known.keys()
+        if not last and not self.alone:
+            bad &= self._held(number)
         if bad and not trouble:
             note(f"Once more, on fresh hosts: {', '.join(sorted(bad))}")
             tests = {one.test for one in done.verdicts if one.clause in bad and one.verdict.bad}
             trouble, again = self._run(settings, " ".join(sorted(tests)))
-            second = _verdicts(again) if again else {}
+            second = _verdicts(view_of(again)) if again else {}
             verdicts |= {clause: second.get(clause, verdicts[clause]) for clause in bad}
-        return trouble, str(done.path), verdicts
+        return msgspec.structs.replace(
+            found, boots=trouble, run=str(done.path), verdicts=verdicts, known=sorted(view.known)
+        )
 
     def _run(
-        self, settings: Settings, select: str | None, *, keep_hosts: bool = False
+        self, settings: Settings, select: str | None, *, unfinished: bool = False
     ) -> tuple[str, Run | None]:
-        """Run the suite; what was in the way, and the run if there was one."""
+        """Run the suite; what was in the way, and the run if there was one.
+
+        :raises InfraError: it was our own side, of which a patch has to say nothing.
+        """
         settings.reports.mkdir(parents=True, exist_ok=True)
         trouble = ""
         with (settings.reports / "summary.txt").open("a") as summary:
             try:
                 # Ours is the table of all patches; each one's summary is in its directory.
                 with contextlib.redirect_stdout(summary):
-                    conform(settings, select=select, suites=KERNEL_SUITES, keep_hosts=keep_hosts)
-            except (ConformanceError, InfraError) as error:
+                    conform(settings, select=select, suites=KERNEL_SUITES, unfinished=unfinished)
+            # A host that does not come up, or ends while it boots, is the kernel's doing.
+            except (ConformanceError, DeadlineError, LostHostError) as error:
                 trouble = error.message
         try:
             return trouble, ended_run(settings)
@@ -227,6 +309,8 @@ class Check:
         try:
             with patched_source(settings) as src:
                 return checkers.checkpatch(src, patch)
+        except PatchError:
+            raise
         except BuildError as error:
             return [f"not run: {error.message}"]
 
@@ -258,9 +342,9 @@ class Check:
         )
 
 
-def _verdicts(done: Run) -> dict[str, Outcome]:
+def _verdicts(view: RunView) -> dict[str, Outcome]:
     """The verdict of each clause."""
-    return {name: result.verdict for name, result in view_of(done).results.items() if name}
+    return {name: result.verdict for name, result in view.results.items() if name}
 
 
 def _records(journal: Path) -> Iterator[Judged]:
@@ -285,12 +369,17 @@ def _bisect(one: Check, clause: str) -> int:
         note(f"after {number} patches {clause} is {outcome or judged.problem or 'untested'}")
         return outcome
 
-    number, outcome = first_change(len(one.series.patches), state)
-    patch = one.series.patches[number - 1]
-    print(f"{clause} is {outcome or 'without a verdict'} since patch {number}, {patch.name}")
-    judged = one.judge(number)
-    print(judged.problem or f"its run: {judged.run}")
-    return 0 if outcome is Outcome.PASS else 1
+    found = first_change(len(one.series.patches), state)
+    patch = one.series.patches[found.number - 1]
+    since = f"since patch {found.number}, {patch.name}"
+    if found.untested:
+        others = " or ".join(map(str, found.untested))
+        since += f" (or {others}: there it cannot be tested)"
+    print(f"{clause} is {found.outcome} {since}")
+    print(f"its run: {one.judge(found.number).run}")
+    if any(judged.applies or judged.builds for judged in one.judged):
+        return BuildError.exit_code
+    return 0 if found.outcome is Outcome.PASS else ConformanceError.exit_code
 
 
 def _outcome(one: Judged) -> str:
@@ -330,9 +419,12 @@ def _tell(one: Check, judged: list[Judged]) -> int:
     for row in judged:
         if row.problem:
             console.print(f"{row.number} {row.patch} {row.problem}", soft_wrap=True)
+    problems = {row.number for row in judged if row.problem}
     for number, clauses in broken.items():
         name = one.series.patches[number - 1].name
-        console.print(f"{number} {name} breaks {', '.join(clauses)}", soft_wrap=True)
+        others = untested_before(number, problems)
+        told = f" (or {others} does, which cannot be tested)" if others else ""
+        console.print(f"{number} {name} breaks {', '.join(clauses)}{told}", soft_wrap=True)
     console.print(f"Patches and clauses: {one.place / _TABLE}", soft_wrap=True)
     console.print(f"Report: {one.place / PAGE}", soft_wrap=True)
     if any(row.applies or row.builds for row in judged):

@@ -16,14 +16,17 @@ and hooks it and allows everything, ``lab.pair()`` does both.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checks import supported_commands, supported_events
 from lab import Lab
 
-from harness.abi import Profile
+from harness.abi import Profile, load_clauses
 from harness.counters import SlotWriter
+from harness.errors import HarnessError
 from harness.hosts import Host, Target
 from harness.manager.small import SmallManager
 from harness.manager.smallvm import SmallVm
@@ -54,6 +57,42 @@ def manager(host: Host, per_host: PerHost, profile: Profile, settings: Settings)
         usable=lambda thing: thing.alive,
     )
     return made
+
+
+@pytest.fixture(autouse=True)
+def not_there_yet(request: pytest.FixtureRequest) -> None:
+    """Of a series that is not whole: skip what the kernel says it lacks, before it takes time."""
+    if not request.config.getoption("--kvmi-unfinished") or "lab" not in request.fixturenames:
+        return
+    per_host: PerHost = request.getfixturevalue("per_host")
+    manager: SmallManager = request.getfixturevalue("manager")
+    scratch: Path = request.getfixturevalue("tmp_path")
+    there: Profile = per_host.get("there", lambda _host: _what_is_there(manager, scratch))
+    known = load_clauses(there.name)
+    named = [one for mark in request.node.iter_markers("clause") for one in mark.args]
+    lacking = [known[one].unclaimed(there) for one in named if one in known]
+    if named and all(lacking):
+        skip_clause(f"this kernel says that it lacks what is tested ({lacking[0]})")
+
+
+def _what_is_there(manager: SmallManager, scratch: Path) -> Profile:
+    """The interface as far as the host's kernel has it; all of it, if it does not say."""
+    profile = manager.profile
+    with contextlib.suppress(HarnessError, AssertionError):
+        lab = Lab(manager, evidence=scratch, counters=None)
+        try:
+            session = lab.hook(lab.vm(), allow=False)
+            commands = supported_commands(session, profile)
+            events = supported_events(session, profile)
+        finally:
+            lab.close()
+        return profile.claimed(
+            capability=profile.capability,
+            commands=[name for name, one in profile.commands.items() if one.common in commands],
+            events=[name for name, one in profile.events.items() if one.common in events],
+            requests={name: one.request for name, one in profile.ioctls.items()},
+        )
+    return profile
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_bad_test_leaves_nothing_behind(suite: Suite) -> None:
 
 
 def test_hosts_may_be_kept_after_a_failure(suite: Suite) -> None:
-    """With --kvmi-keep-hosts: after one that is the kernel's, and that left no trace."""
+    """With --kvmi-unfinished: after one that is the kernel's, and that left no trace."""
     suite.run(
         """
         pytestmark = pytest.mark.clause("HOOK-OK")
@@ -145,7 +145,7 @@ def test_hosts_may_be_kept_after_a_failure(suite: Suite) -> None:
             hosts.append(host)
         def test_after(host): assert host is not hosts[2]
         """,
-        "--kvmi-keep-hosts",
+        "--kvmi-unfinished",
     )
     assert suite.verdicts() == {
         "test_fails": "FAIL",

@@ -21,7 +21,14 @@ from harness.report.model import Outcome, RunFacts, Verdict
 from harness.report.store import Run
 from harness.series.ahead import building_ahead
 from harness.series.check import Check, check
-from harness.series.history import Judged, breaks, first_change, holds_since, to_csv
+from harness.series.history import (
+    Judged,
+    breaks,
+    first_change,
+    holds_since,
+    to_csv,
+    untested_before,
+)
 from harness.series.page import render_page
 from harness.settings import Settings, load_settings
 
@@ -45,9 +52,14 @@ def test_since_when_a_clause_holds_and_what_breaks_it() -> None:
         judged(4, A=P, B=F, C=F, D=S),
         judged(5, A=P, B=P, C=P, D=P),
         judged(6, A=P, B=P, C=M, D=P),
+        judged(7, A=S, B=P, C=F, D=P),
+        msgspec.structs.replace(judged(8, A=S, B=P, C=F, D=F), known=["D"]),
     ]
-    assert holds_since(history) == {"A": 2, "B": 5, "D": 5}
-    assert breaks(history) == {4: ["B"], 6: ["C"]}
+    assert holds_since(history) == {"B": 5}
+    assert breaks(history) == {4: ["B"], 7: ["A", "C"]}
+    assert untested_before(4, {3}) == "3"
+    assert untested_before(4, {1, 2, 3}) == "1 or 2 or 3"
+    assert untested_before(4, {2}) == ""
     assert history[2].problem == "does not build: a semicolon"
 
 
@@ -97,20 +109,34 @@ def test_the_first_change_is_found_with_few_steps(last: int) -> None:
             tried.append(number)
             return P if number >= change else F
 
-        assert first_change(last, state) == (change, P)
+        assert first_change(last, state) == (change, P, ())
         assert len(set(tried)) <= 2 * last.bit_length() + 2
 
         # Broken by a patch after it held from the first one on.
         if change > 1:
             broken = [F] + [P] * (change - 1) + [F] * (last - change + 1)
-            assert first_change(last, broken.__getitem__) == (change, F)
+            assert first_change(last, broken.__getitem__) == (change, F, ())
 
 
 def test_a_clause_that_never_changes() -> None:
     with pytest.raises(UsageError, match="is FAIL all the time"):
         first_change(30, lambda _number: F)
-    with pytest.raises(UsageError, match="without a verdict all the time"):
+    with pytest.raises(UsageError, match="cannot be tested after any"):
         first_change(3, lambda _number: None)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_patches_that_cannot_be_tested_are_passed_by(length: int) -> None:
+    """The change is found all the same, or it may be one of them, which is said."""
+    last = 12
+    for change in range(1, last + 1):
+        for first in range(1, last + 1 - length):
+            untested = range(first, first + length)
+            history = {n: P if n >= change else F for n in range(last + 1) if n not in untested}
+            found = first_change(last, history.get)
+            assert change in (found.number, *found.untested)
+            assert found.number in history
+            assert set(found.untested) <= set(untested)
 
 
 # -- what is kept -------------------------------------------------------------------------------
@@ -176,9 +202,9 @@ def test_no_patch_is_blamed_for_what_does_not_come_again(settings: Settings) -> 
         runs = iter([{"A": F, "B": F, "C": F, "D": P}, {"A": P, "B": F}])
 
         def _run(
-            self, settings: Settings, select: str | None, *, keep_hosts: bool = False
+            self, settings: Settings, select: str | None, *, unfinished: bool = False
         ) -> tuple[str, Run | None]:
-            asked.append((select, keep_hosts))
+            asked.append((select, unfinished))
             verdicts = [
                 Verdict(
                     clause=clause, verdict=verdict, test=f"tests/{clause}.py", target="tcg",
@@ -193,9 +219,9 @@ def test_no_patch_is_blamed_for_what_does_not_come_again(settings: Settings) -> 
     one = Here(settings, series, select=None)
     before = msgspec.structs.replace(judged(1, A=P, B=P, D=P), digest=series.first(1).digest)
     one._known[before.digest] = before
-    trouble, run, verdicts = one._judge_clauses(2, settings)
-    assert (trouble, verdicts) == ("", {"A": P, "B": F, "C": F, "D": P})
-    assert run.endswith("/1")
+    found = one._judge_clauses(2, settings, judged(2))
+    assert (found.boots, found.verdicts) == ("", {"A": P, "B": F, "C": F, "D": P})
+    assert found.run.endswith("/1")
     assert asked == [(None, True), ("tests/A.py tests/B.py", False)]
 
 
@@ -205,8 +231,9 @@ def test_series_that_cannot_be_checked(settings: Settings, tmp_path: Path) -> No
     kwargs = {"qemu_series": empty, "cache": tmp_path, "reports": tmp_path}
     with pytest.raises(UsageError, match="no patches to check"):
         check(load_settings(kernel_series=empty, **kwargs))
-    with pytest.raises(UsageError, match="there is no clause HOOK-OKAY"):
-        check(settings, bisect="HOOK-OKAY")
+    for clause in ("HOOK-OKAY", "HOOK-*", "tests/conformance"):
+        with pytest.raises(UsageError, match="there is no clause"):
+            check(settings, bisect=clause)
 
 
 def test_building_ahead_ends_with_its_block(settings: Settings, tmp_path: Path) -> None:
