@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_report_documents import verdict
 from test_report_formats import make_run
 
 from harness.errors import BuildError, DeadlineError, UsageError
-from harness.fleet.nightly import COMPARISON, forget, nightly, summarize
+from harness.fleet.nightly import COMPARISON, _last_whole, forget, nightly, summarize
 from harness.report.model import End
 from harness.report.store import VERDICTS, VerdictFile
 from harness.settings import Settings
@@ -105,6 +106,16 @@ def test_the_summary_says_what_matters_first(tmp_path: Path) -> None:
     assert "against 20250101T000000Z-0001" in (after / COMPARISON).read_text()
     assert "Regressions against the run before" in (after / "mail.txt").read_text()
     assert "the night before" not in summarize(after, None)[0]
+
+
+def test_a_night_is_compared_with_one_that_came_to_its_end(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "20250101T000000Z-0001", verdict("HOOK-OK", "PASS"))
+    cut = make_run(tmp_path / "20250102T000000Z-0002", verdict("HOOK-OK", "MISS"))
+    with VerdictFile(cut) as file:
+        file.write(End(finished="", duration_s=1, exit_code=4, reason="the night is over"))
+    assert _last_whole(tmp_path) == whole
+    shutil.rmtree(whole)
+    assert _last_whole(tmp_path) == cut
 
 
 def test_old_nights_go(tmp_path: Path) -> None:

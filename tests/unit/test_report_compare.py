@@ -41,6 +41,7 @@ from harness.report.view import view_of
         ("FAIL", "PASS", Change.MENDED, 0),
         ("FAIL", "FAIL", None, 0),
         ("FAIL", "ERROR", Change.OTHERWISE, 0),
+        ("MISS", "FAIL", Change.OTHERWISE, 1),
         (None, "PASS", Change.NEW, 0),
         (None, "FAIL", Change.NEW, 1),
         ("SKIP", "PASS", Change.NEW, 0),
@@ -312,11 +313,14 @@ def test_a_part_that_is_missing_does_not_look_good(tmp_path: Path) -> None:
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", verdict("HOOK-OK", "PASS"))
     b = make_run(tmp_path / "b", verdict("HOOK-OK", "PASS"), series="linux@9", kernel=KERNEL)
+    third = make_run(tmp_path / "c", verdict("HOOK-OK", "PASS"), shard="1/3")
+    half = make_run(tmp_path / "d", verdict("HOOK-ABI", "PASS"), shard="2/2")
     for runs, complaint in (
         ([a], "nothing to merge"),
         ([a, a], "named twice"),
         ([a, b], "series .* is not linux@9"),
         ([a, tmp_path / "none"], "no verdicts"),
+        ([third, half], "parts of different wholes: 1/3, 2/2"),
     ):
         with pytest.raises(UsageError, match=complaint):
             merge(runs, reports=tmp_path / "reports")

@@ -263,13 +263,15 @@ def test_tested_by_speaks_of_what_was_claimed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoilt", ["FAIL", "ERROR", "MISS", "select", "shard", "skipped", "early", "known"]
+    "spoilt",
+    ["FAIL", "ERROR", "MISS", "select", "shard", "left out", "skipped", "early", "known"],
 )
 def test_no_tested_by_unless_everything_was_tested_and_held(tmp_path: Path, spoilt: str) -> None:
     run = tmp_path / "run"
     verdicts = [verdict("HOOK-OK", "PASS"), verdict("HOOK-ABI", "PASS")]
     facts = {"select": "HOOK-*"} if spoilt == "select" else {}
     facts |= {"shard": "1/2"} if spoilt == "shard" else {}
+    facts |= {"left_out": "the QEMU side"} if spoilt == "left out" else {}
     if spoilt in ("FAIL", "ERROR", "MISS"):
         verdicts.append(verdict("UNHOOK-ABI", spoilt))
     if spoilt == "skipped":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -16,9 +17,19 @@ from harness import paths
 from harness.build.checkers import checkpatch
 from harness.build.kernel import local_version
 from harness.build.series import Patch, load_series
-from harness.errors import BuildError, UsageError
+from harness.errors import (
+    BuildError,
+    CompileError,
+    DeadlineError,
+    HarnessError,
+    HostCrashedError,
+    InfraError,
+    PatchError,
+    UsageError,
+)
 from harness.report.model import Outcome, RunFacts, Verdict
 from harness.report.store import Run
+from harness.series import interface
 from harness.series.ahead import building_ahead
 from harness.series.check import Check, check
 from harness.series.history import (
@@ -156,6 +167,16 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+class Quick(Check):
+    """One without checkers, which need a source."""
+
+    def _checkpatch(self, settings: Settings, patch: Patch) -> list[str]:
+        return []
+
+    def _sparse(self, settings: Settings, patch: Patch) -> list[str]:
+        return []
+
+
 def test_what_was_found_out_is_not_found_out_again(settings: Settings) -> None:
     """A journal whose writer was killed within a line; nothing is built or run here."""
     series = load_series(settings.kernel_series)
@@ -223,6 +244,97 @@ def test_no_patch_is_blamed_for_what_does_not_come_again(settings: Settings) -> 
     assert (found.boots, found.verdicts) == ("", {"A": P, "B": F, "C": F, "D": P})
     assert found.run.endswith("/1")
     assert asked == [(None, True), ("tests/A.py tests/B.py", False)]
+
+
+def _build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.series.check.build_kernel", lambda _settings: None)
+    monkeypatch.setattr(
+        "harness.series.check.building_ahead", lambda _next, _place: contextlib.nullcontext()
+    )
+
+
+@pytest.mark.parametrize("error", [BuildError("no network"), InfraError("a busy machine")])
+def test_trouble_of_ours_is_not_kept_as_a_patchs(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, error: HarnessError
+) -> None:
+    """It ends the check, which goes on there the next time."""
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    _build_nothing(monkeypatch)
+    in_the_way = "build_kernel" if isinstance(error, BuildError) else "conform"
+    monkeypatch.setattr(f"harness.series.check.{in_the_way}", fails)
+    one = Quick(settings, load_series(settings.kernel_series), select=None)
+    with pytest.raises(type(error), match=error.message):
+        one.judge(1)
+    assert (one.place / "judged.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "problem"),
+    [
+        ("build_kernel", CompileError("a semicolon"), "does not build: a semicolon"),
+        ("build_kernel", PatchError("hunk 1"), "does not apply: hunk 1"),
+        ("conform", DeadlineError("no login"), "does not boot: no login"),
+        ("conform", HostCrashedError("panic"), "does not boot: panic"),
+    ],
+)
+def test_what_is_wrong_with_a_patch(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: HarnessError,
+    problem: str,
+) -> None:
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    _build_nothing(monkeypatch)
+    monkeypatch.setattr(f"harness.series.check.{where}", fails)
+    one = Quick(settings, load_series(settings.kernel_series), select=None)
+    assert one.judge(1).problem == problem
+    assert Quick(settings, one.series, select=None).judge(1).problem == problem
+
+
+def test_a_patch_of_documentation_has_to_apply(settings: Settings) -> None:
+    class Here(Quick):
+        """One whose patches do not apply."""
+
+        def _checkpatch(self, settings: Settings, patch: Patch) -> list[str]:
+            raise PatchError(f"{patch.name} does not fit")
+
+    one = Here(settings, load_series(settings.kernel_series), select=None)
+    before = msgspec.structs.replace(judged(1, A=P), digest=one.series.first(1).digest)
+    one._known[before.digest] = before
+    assert one.judge(2).problem == "does not apply: 0002-p.patch does not fit"
+
+
+def test_the_journal_is_for_one_base_and_one_description(settings: Settings) -> None:
+    series = load_series(settings.kernel_series)
+    places = [
+        Check(settings, series, select=None, base="linux 6.12").place,
+        Check(settings, series, select=None, base="linux 6.13").place,
+        Check(dataclasses.replace(settings, description="v12"), series, select=None).place,
+        Check(settings, series, select=None).place,
+    ]
+    assert len(set(places)) == len(places)
+
+
+def test_the_first_patch_with_numbers_says_what_a_series_speaks(settings: Settings) -> None:
+    """One that changes them later is a patch to be judged, and no end of the check."""
+    directory = Path(settings.kernel_series)
+
+    def define(number: int, value: int) -> None:
+        path = directory / f"{number:04d}-p.patch"
+        text = path.read_text().replace("+b\n", f"+#define KVM_CAP_INTROSPECTION {value}\n")
+        path.write_text(text)
+
+    define(3, 1)
+    with pytest.raises(UsageError, match="KVM_CAP_INTROSPECTION is 1 there"):
+        Check(settings, load_series(directory), select=None).require_own_numbers()
+    define(1, interface(settings).capability)
+    Check(settings, load_series(directory), select=None).require_own_numbers()
 
 
 def test_series_that_cannot_be_checked(settings: Settings, tmp_path: Path) -> None:

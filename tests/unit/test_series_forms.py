@@ -83,6 +83,16 @@ def _source(place: Path) -> SourceTree:
     return made
 
 
+def test_a_directory_of_something_else_is_no_series(tmp_path: Path) -> None:
+    """Nothing at all stands for no patches; files that are not called so are a mistake."""
+    assert fetched(tmp_path, root=tmp_path / "cache") == tmp_path
+    (tmp_path / "series.toml").touch()
+    assert fetched(tmp_path, root=tmp_path / "cache") == tmp_path
+    (tmp_path / "0001-kvmi.diff").touch()
+    with pytest.raises(UsageError, match=r"holds no patches: .* but 0001-kvmi.diff is"):
+        fetched(tmp_path, root=tmp_path / "cache")
+
+
 def test_the_own_series_is_whole_and_used_where_it_lies(tmp_path: Path) -> None:
     assert fetched(OWN, root=tmp_path) == OWN
 

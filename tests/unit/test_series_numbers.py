@@ -71,6 +71,16 @@ def test_a_description_settles_it(changed: Path, tmp_path: Path) -> None:
     assert (profile.name, profile.capability, profile.ioctl("HOOK").nr) == ("v12", 998, 0xD8)
 
 
+def test_a_description_may_lie_beside_an_mbox(changed: Path, tmp_path: Path) -> None:
+    mbox = tmp_path / "theirs" / "v12.mbox"
+    mbox.parent.mkdir()
+    mbox.write_bytes(b"".join(path.read_bytes() for path in sorted(changed.glob("*.patch"))))
+    shutil.copy(REVISIONS / "numbers" / "series.toml", mbox.parent)
+    settings = with_series(_settings(tmp_path, mbox))
+    assert settings.description == str(mbox.parent / "series.toml")
+    assert interface(settings).capability == 998
+
+
 def test_a_description_that_is_wrong_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"than v12: KVM_CAP_INTROSPECTION is 999 there and 206"):
         require_numbers(_settings(tmp_path, OWN, description="v12"))
