@@ -20,7 +20,7 @@ from harness.conform.outcome import (
 )
 from harness.conform.run import conform, prepare_run, run_suite
 from harness.conform.selection import KERNEL_SUITES, SUITES, selection, speaks_to_qemu, suites_for
-from harness.conform.watch import run_pytest
+from harness.conform.watch import run_pytest, signals_as_interrupts
 
 __all__ = [
     "INTERRUPTED",
@@ -39,6 +39,7 @@ __all__ = [
     "run_pytest",
     "run_suite",
     "selection",
+    "signals_as_interrupts",
     "speaks_to_qemu",
     "suites_for",
     "tell",

@@ -20,7 +20,7 @@ from harness.plugin.controller import PARENT_VARIABLE
 from harness.plugin.processes import adopted_orphans
 from harness.report.live import LiveView
 
-__all__ = ["run_pytest"]
+__all__ = ["run_pytest", "signals_as_interrupts"]
 
 LOOK_EVERY_S = 0.5
 
@@ -66,7 +66,7 @@ def run_pytest(
     }
     if ours:
         environment["PYTEST_ADDOPTS"] = shlex.join(own)
-    with adopted_orphans(), _signals_as_interrupts(), (run_dir / "pytest.log").open("ab") as log:
+    with adopted_orphans(), signals_as_interrupts(), (run_dir / "pytest.log").open("ab") as log:
         process = subprocess.Popen(
             argv,
             # pytest-xdist refuses to name files to other machines that it finds here.
@@ -117,8 +117,8 @@ def _interrupt(process: subprocess.Popen[bytes]) -> str:
 
 
 @contextlib.contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    """Let signals end a run as Ctrl-C does: with a report."""
+def signals_as_interrupts() -> Iterator[None]:
+    """Let signals end what runs as Ctrl-C does: with a report."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -23,12 +23,13 @@ from typing import Annotated
 import msgspec
 
 from harness.build.progress import note
+from harness.conform import signals_as_interrupts
 from harness.errors import DeadlineError, HarnessError, UsageError
 from harness.fleet.inventory import Machine, load_inventory, read_toml
 from harness.fleet.run import run_fleet
 from harness.report import render
 from harness.report.compare import Comparison, compare_runs, tell
-from harness.report.store import VERDICTS, load_run, write_atomically
+from harness.report.store import VERDICTS, forget_latest, load_run, write_atomically
 from harness.report.view import RunView
 from harness.settings import FILE_NAME, Settings
 
@@ -89,8 +90,9 @@ def nightly(path: Path, ready: Callable[[Path | None, Path], Settings]) -> int:
     with _alone(reports):
         settings_file = Path(night.settings)
         before = _last_whole(reports)
+        forget_latest(reports)  # or a night without a run would show that of another
         try:
-            with _deadline(night.hours):
+            with signals_as_interrupts(), _deadline(night.hours):
                 settings = ready(settings_file if settings_file.is_file() else None, reports)
                 code, run_dir = run_fleet(
                     settings,

@@ -35,6 +35,7 @@ from harness.report.model import End, MachineRecord, Planned, RunFacts, Verdict,
 __all__ = [
     "Run",
     "VerdictFile",
+    "forget_latest",
     "last_run",
     "load_run",
     "new_run_dir",
@@ -67,6 +68,13 @@ def new_run_dir(reports: Path) -> Path:
     """
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     return reports.resolve() / f"{stamp}-{secrets.token_hex(2)}"
+
+
+def forget_latest(reports: Path) -> None:
+    """Let ``latest`` point nowhere, until a run begins; see :func:`point_latest`."""
+    latest = reports / "latest"
+    if latest.is_symlink():
+        latest.unlink()
 
 
 def point_latest(run_dir: Path) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -75,6 +77,23 @@ def test_a_night_ends(night: Path) -> None:
     with pytest.raises(DeadlineError, match="before the suite ran"):
         nightly(night, slow)
     assert "interrupted, or took longer" in (night.parent / "text").read_text()
+
+
+def test_a_night_that_is_ended_says_so(night: Path) -> None:
+    """As by systemd, while it builds; and the last night's report does not pass for its own."""
+    latest = night.parent / "nights" / "latest"
+    latest.parent.mkdir()
+    latest.symlink_to("20250101T000000Z-0001")
+
+    def ended(_path: Path | None, _reports: Path) -> Settings:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError
+
+    with pytest.raises(DeadlineError, match="before the suite ran"):
+        nightly(night, ended)
+    assert "was interrupted" in (night.parent / "text").read_text()
+    assert not latest.is_symlink()
 
 
 def test_settings_are_those_beside_the_night(night: Path) -> None:
