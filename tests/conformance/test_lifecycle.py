@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
 
 import pytest
-from checks import ALWAYS_ALLOWED, continues, enable, ends_dead, gone, next_event_of, silent
+from checks import (
+    ALWAYS_ALLOWED,
+    RawTool,
+    continues,
+    enable,
+    ends_dead,
+    gone,
+    next_event_of,
+    silent,
+)
 from lab import Lab
 
 from harness.abi import Profile
@@ -114,6 +126,16 @@ def test_vm_is_destroyed(lab: Lab, in_event: bool) -> None:
         assert time.monotonic() < deadline, f"debugfs still shows {left}"
 
 
+def _wait_until_gone(lab: Lab, doomed: SmallManager, before: set[str]) -> None:
+    """Wait until nothing is left of a device manager and its VMs."""
+    deadline = time.monotonic() + GONE_S
+    while left := (
+        [line for line in lab.manager.threads("python3") if line.startswith(f"{doomed.pid} ")]
+        or _vm_directories(lab.manager) - before
+    ):
+        assert time.monotonic() < deadline, f"still there: {left}"
+
+
 @pytest.mark.clause("LIFE-VMDESTROY")
 @pytest.mark.parametrize("in_event", [False, True])
 def test_manager_is_killed(
@@ -145,16 +167,66 @@ def test_manager_is_killed(
     session.expect_close(timeout_s=GONE_S)
     doomed.close()
     deadline = time.monotonic() + GONE_S
-    while left := (
-        [line for line in lab.manager.threads("python3") if line.startswith(f"{doomed.pid} ")]
-        or _vm_directories(lab.manager) - before
-    ):
-        assert time.monotonic() < deadline, f"still there: {left}"
+    _wait_until_gone(lab, doomed, before)
     session.close()
     while (now := _sockets(lab.manager)) > sockets:
         assert time.monotonic() < deadline, f"{now} sockets are in use, before it were {sockets}"
     while (kept := _anonymous_kb(lab.manager)) > used + MEMORY_KB // 2:
         assert time.monotonic() < deadline, f"{kept - used} kB of the guest's memory are kept"
+    continues(lab.hook(lab.vm()))
+
+
+@pytest.mark.clause("LIFE-VMDESTROY")
+def test_manager_is_killed_while_a_vcpu_has_much_to_do(
+    lab: Lab, host: Host, profile: Profile, settings: Settings
+) -> None:
+    """kill -9 also ends a vCPU that waits for the tool and has commands left to execute."""
+    # The signal has to come while some are left: again and again.
+    for _ in range(4):
+        _kill_a_busy_manager(lab, SmallManager(host, profile=profile, cache=settings.cache))
+
+
+def _kill_a_busy_manager(lab: Lab, doomed: SmallManager) -> None:
+    before = _vm_directories(lab.manager)
+    patience = doomed.host.patience
+    vm = doomed.create_vm()
+    with Listener() as listener:
+        _, fd, sock = doomed.connect(listener)
+    assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+    raw = RawTool(sock, codec=lab.codec, patience=patience)
+    vm.run()
+    raw.command("VCPU_CONTROL_EVENTS", seq=1, vcpu=0, event_id="HYPERCALL", enable=1)
+    vm.call_out(1)
+    assert raw.receive().id == lab.profile.vcpu_event
+    # It takes the vCPU longer to execute these than the receiver to put them into its queue.
+    much = lab.codec.frame(*lab.codec.encode_command("VCPU_GET_XSAVE", vcpu=0), 1)
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(much * 100)
+
+    asking = threading.Thread(target=ask, name="much to do", daemon=True)
+    asking.start()
+    killing = threading.Thread(target=doomed.kill, name="kill -9", daemon=True)
+    sock.settimeout(GONE_S * patience)
+    try:
+        for _ in range(100):
+            sock.recv(65536)
+        killing.start()
+        deadline = time.monotonic() + GONE_S * patience
+        while sock.recv(65536):
+            assert time.monotonic() < deadline, "the session goes on after SIGKILL"
+    except ConnectionError:
+        pass  # it ended while there was something to read
+    finally:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        asking.join()
+        killing.join()
+    doomed.close()
+    _wait_until_gone(lab, doomed, before)
     continues(lab.hook(lab.vm()))
 
 
@@ -196,3 +268,24 @@ def test_queries_first(lab: Lab, vm: SmallVm, profile: Profile) -> None:
     assert set(answers.values()) <= {None, "KVM_EPERM", lacks}
     events = {name: session.command("VM_CHECK_EVENT", id=name).error for name in profile.events}
     assert set(events.values()) <= {"KVM_EPERM", lacks}
+
+
+def test_socket_that_does_not_wait(lab: Lab, vm: SmallVm) -> None:
+    """A receive timeout that the device manager set costs no processor time, and ends nothing."""
+    tool = lab.raw(vm)
+    lab.manager.link.call("receive_timeout", name=vm.socket, seconds=-1)
+    tool.command("GET_VERSION", seq=1)
+    receivers = lab.manager.threads("kvmi-")
+    before = [_ticks(lab.manager, thread) for thread in receivers]
+    time.sleep(1.0)
+    after = [_ticks(lab.manager, thread) for thread in receivers]
+    # Documentation/filesystems/proc.rst: in ticks, of which there are 100 in a second.
+    assert max(b - a for a, b in zip(before, after, strict=True)) < 30
+    tool.command("GET_VERSION", seq=2)
+
+
+def _ticks(manager: SmallManager, thread: str) -> int:
+    """Processor time of a thread of the host, ``PID NAME``, in ticks."""
+    stat = manager.read_file(f"/proc/{thread.split(maxsplit=1)[0]}/stat")
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

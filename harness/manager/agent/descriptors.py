@@ -125,6 +125,12 @@ class DescriptorRequests(MachineRequests):
         """Close a named descriptor of ours."""
         os.close(self.files.pop(request["name"]))
 
+    def op_receive_timeout(self, request: Request) -> None:
+        """Set SO_RCVTIMEO of a socket to so many seconds; negative: do not wait at all."""
+        with socket.socket(fileno=os.dup(self._fd(request["name"]))) as sock:
+            timeout = struct.pack("qq", request["seconds"], 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
     def op_shutdown(self, request: Request) -> int:
         """Shut a socket down in both directions through our descriptor; answer the errno."""
         ret = libc.shutdown(self._fd(request["name"]), socket.SHUT_RDWR)
