@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from harness.errors import DeadlineError, InfraError
-from harness.hosts import Host
+from harness.hosts import Completed, Host
 from harness.manager import link
 from harness.manager.link import AgentLink
 
@@ -86,6 +86,12 @@ class _ThisMachine:
         self.processes.append(_Process(command))
         return self.processes[-1]
 
+    def run(self, command: str, *, timeout_s: float) -> Completed:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], capture_output=True, timeout=timeout_s, check=False
+        )
+        return Completed(command, done.returncode, done.stdout, done.stderr)
+
     def check(self) -> None:
         """Nothing is ever wrong with it."""
 
@@ -130,5 +136,6 @@ def test_silence(agent: AgentLink, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that is not answered in time is a deadline error that names it."""
     monkeypatch.setattr(link, "_MARGIN_S", 0.0)
     number = agent.send("late", limit_s=5)
-    with pytest.raises(DeadlineError, match="did not answer late"):
+    with pytest.raises(DeadlineError, match="did not answer late") as caught:
         agent.wait(number, what="late", timeout_s=0.1)
+    assert caught.value.details  # what is stuck in KVM, or that nothing is
