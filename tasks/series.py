@@ -62,6 +62,7 @@ def series_describe(
 def series_check(
     _context: Context,
     *,
+    which: str = "kernel",
     select: str | None = None,
     bisect: str | None = None,
     target: str | None = None,
@@ -79,4 +80,4 @@ def series_check(
     from harness.series.check import check
 
     settings = ready(**settings_in(locals()))
-    return check(settings, select=select, bisect=bisect)
+    return check(settings, of=which, select=select, bisect=bisect)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel's own checkers of patches and of C: checkpatch, and sparse."""
+"""The trees' own checkers of patches and of C: checkpatch, and sparse of the kernel."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ _SPARSE = re.compile(
 )
 
 
-def checkpatch(src: Path, patch: Patch) -> list[str]:
-    """What ``scripts/checkpatch.pl`` of the kernel's source says about a patch, a line each:
-    its kind, its line in the patch, its words. Nothing, if it has nothing to say.
+def checkpatch(src: Path, patch: Patch, *options: str) -> list[str]:
+    """What the source's own ``scripts/checkpatch.pl`` says about a patch, a line each: its kind,
+    its line in the patch, its words. Nothing, if it has nothing to say.
 
+    :param options: that not every such script has.
     :raises BuildError: it cannot be run.
     """
     if shutil.which("perl") is None:
         raise BuildError("checkpatch needs perl", hint="apt-get install perl")
     # From its standard input: in a git tree it takes a file's name for that of a source.
     done = subprocess.run(
-        ["perl", "scripts/checkpatch.pl", "--terse", "--show-types", "--no-summary",
-         "--color=never", "-"],
+        ["perl", "scripts/checkpatch.pl", "--terse", "--no-summary", "--color=never", *options,
+         "-"],
         cwd=src,
         input=patch.content,
         capture_output=True,

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from harness.build.tree import SourceTree
 from harness.errors import BuildError
 from harness.settings import Settings
 
-__all__ = ["QemuBuild", "build_qemu"]
+__all__ = ["QemuBuild", "build_qemu", "patched_source"]
 
 _TIMEOUT_S = 2 * 3600
 _SPACE_FIRST_MB = 2000
@@ -126,11 +128,10 @@ def _firmware(name: str) -> Path:
 def _make(
     settings: Settings, into: Path, *, source: Source, series: Series, progress: Step
 ) -> None:
-    place = settings.cache / "trees" / f"qemu-{source.upstream}-{source.digest[:8]}"
-    tree = SourceTree(place, kind="qemu", base=f"qemu {source.version}")
+    tree = _tree(settings, source)
     log = settings.cache / "logs" / "qemu.log"
     options = json.dumps([_CONFIGURE, _TOOLS, _compiler()])
-    build = place / f"build-{cache.key_of({'options': options})}"
+    build = tree.place / f"build-{cache.key_of({'options': options})}"
     configured = build / ".configured"
     purpose = "building QEMU"
     cache.require_space(settings.cache, megabytes=_SPACE_AGAIN_MB, purpose=purpose)
@@ -185,6 +186,28 @@ def _make(
         shutil.copyfile(_firmware(name), firmware / name)
     record = {"libraries": _needed(binary)}
     (into / "build.json").write_text(json.dumps(record) + "\n")
+
+
+@contextmanager
+def patched_source(settings: Settings) -> Iterator[Path]:
+    """The source with the series applied, unpacked now if it never was. Nobody changes it until
+    the block ends.
+
+    :raises PatchError: a patch does not apply.
+    """
+    source = qemu_source(settings)
+    tree = _tree(settings, source)
+    log = settings.cache / "logs" / "qemu.log"
+    with tree.locked():
+        with step(f"Unpack {source.name}") as progress:
+            tree.prepare(lambda into: unpack(source, into, log=log, progress=progress))
+        tree.switch(load_series(settings.qemu_series))
+        yield tree.src
+
+
+def _tree(settings: Settings, source: Source) -> SourceTree:
+    place = settings.cache / "trees" / f"qemu-{source.upstream}-{source.digest[:8]}"
+    return SourceTree(place, kind="qemu", base=f"qemu {source.version}")
 
 
 def _tools(settings: Settings, log: Path) -> Path:

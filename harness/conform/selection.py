@@ -14,12 +14,15 @@ from harness.errors import UsageError
 from harness.series import interface
 from harness.settings import Settings
 
-__all__ = ["KERNEL_SUITES", "SUITES", "selection", "speaks_to_qemu", "suites_for"]
+__all__ = ["KERNEL_SUITES", "QEMU_SUITES", "SUITES", "selection", "speaks_to_qemu", "suites_for"]
 
 KERNEL_SUITES = ("tests/conformance",)
 """Tests of the kernel alone: QEMU's patches do not change what they say."""
 
-SUITES = (*KERNEL_SUITES, "tests/lifecycle")
+QEMU_SUITES = ("tests/lifecycle",)
+"""Tests of both together."""
+
+SUITES = (*KERNEL_SUITES, *QEMU_SUITES)
 
 
 def selection(select: str | None, suites: Sequence[str] = SUITES) -> list[str]:
@@ -64,8 +67,10 @@ def suites_for(settings: Settings, asked: Sequence[str] = SUITES) -> tuple[Seque
 
     :returns: them, and what is left out of the whole and why, for the report.
     """
-    if not set(SUITES) - {*KERNEL_SUITES} & {*asked}:
+    if set(asked) <= set(KERNEL_SUITES):
         return asked, "the QEMU side, as only the kernel's was asked for"
+    if set(asked) <= set(QEMU_SUITES):
+        return asked, "the kernel's side, as only QEMU's was asked for"
     if not speaks_to_qemu(settings):
         return KERNEL_SUITES, "the QEMU side, as QEMU has other numbers than the kernel"
     return asked, ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build the next patch's kernel in a process of its own while this one's is tested.
+"""Build what the next patch makes in a process of its own while this one's is tested.
 
-``python -m harness.series.ahead SETTINGS``: it is nice, since tests have deadlines, and its
+``python -m harness.series.ahead SETTINGS PART``: it is nice, since tests have deadlines, and its
 end ends the compilers. What comes of it is in the cache, or is found out again.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from harness.build.progress import step
 from harness.build.run import bound_to_us
 from harness.errors import HarnessError
+from harness.series.parts import PARTS, Part
 from harness.settings import Settings
 
 __all__ = ["building_ahead"]
@@ -28,8 +29,8 @@ _GRACE_S = 20.0
 
 
 @contextmanager
-def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
-    """Build the kernel of the settings while the block runs; nothing if they are None.
+def building_ahead(part: Part, settings: Settings | None, place: Path) -> Iterator[None]:
+    """Build that part of the settings while the block runs; nothing if they are None.
 
     After the block it is waited for; an exception ends it.
 
@@ -42,7 +43,7 @@ def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
 
     place.mkdir(parents=True, exist_ok=True)
     save_settings(place, settings)
-    argv = [sys.executable, "-m", __spec__.name, str(place)]
+    argv = [sys.executable, "-m", __spec__.name, str(place), part.name]
     with (place / "ahead.log").open("wb") as log:
         process = subprocess.Popen(
             bound_to_us(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -50,7 +51,7 @@ def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
         try:
             yield
             if process.poll() is None:
-                with step("Build the next kernel"):
+                with step("Build what is next"):
                     process.wait()
         finally:
             if process.poll() is None:
@@ -62,18 +63,17 @@ def building_ahead(settings: Settings | None, place: Path) -> Iterator[None]:
                     process.wait()
 
 
-def main(place: Path) -> int:
+def main(place: Path, part: Part) -> int:
     """Build; failure is no news here."""
-    from harness.build.kernel import build_kernel
     from harness.plugin.inputs import load_run_settings
 
     os.nice(_NICE)
     # By an exception, so that the compilers are ended, and waited for, before we are gone.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))
     with contextlib.suppress(HarnessError):
-        build_kernel(load_run_settings(place))
+        part.build(load_run_settings(place))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), PARTS[sys.argv[2]]))

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -26,12 +27,10 @@ from rich.table import Table
 from harness import paths
 from harness.abi import load_clauses
 from harness.build import cache, checkers
-from harness.build.kernel import build_kernel, patched_source
 from harness.build.passing import passing_cache
 from harness.build.progress import note
 from harness.build.series import Patch, Series, load_series
-from harness.build.sources import linux_source
-from harness.conform import KERNEL_SUITES, conform, ended_run, selection
+from harness.conform import conform, ended_run, selection
 from harness.errors import (
     BuildError,
     CompileError,
@@ -59,45 +58,54 @@ from harness.series.history import (
 from harness.series.numbers import defined_numbers, require_numbers
 from harness.series.page import FILE_NAME as PAGE
 from harness.series.page import write_page
+from harness.series.parts import PARTS, Part
 from harness.settings import Settings
 
 __all__ = ["Check", "check"]
 
-_DECISIVE = (paths.ROOT / "tests" / "conformance", *sorted(paths.KERNEL_CONFIG.glob("*.config")))
-"""What decides over verdicts beside the patches and the settings."""
-
-_UNTESTED = ("Documentation/", "MAINTAINERS", "CREDITS", ".mailmap")
+_FRAGMENTS = sorted(paths.KERNEL_CONFIG.glob("*.config"))
 _JOURNAL = "judged.jsonl"
 _TABLE = "clauses.csv"
 _WIDTH = 160
 
 
-def check(settings: Settings, *, select: str | None = None, bisect: str | None = None) -> int:
-    """Judge each patch of the kernel's series, and tell what each does.
+def check(
+    settings: Settings,
+    *,
+    of: str = "kernel",
+    select: str | None = None,
+    bisect: str | None = None,
+) -> int:
+    """Judge each patch of a series, and tell what each does.
 
+    :param of: whose patches: ``kernel``, or ``qemu``; the other's are all applied.
     :param select: only these clauses or tests, as of :func:`harness.conform.conform`.
     :param bisect: find the first patch that changes this clause, without trying all.
     :returns: 0: each patch applies, builds and boots, and none breaks what held before it.
         1: a patch breaks a clause, or its kernel does not boot. 3: one does not apply or build.
     :raises UsageError: a series without patches, or a clause or test that does not exist.
     """
-    series = load_series(settings.kernel_series)
+    if (part := PARTS.get(of)) is None:
+        raise UsageError(f"there are no patches of {of}", hint=f"choose {' or '.join(PARTS)}")
+    series = load_series(getattr(settings, part.setting))
     if not series.patches:
         raise UsageError(f"the series {series.id} has no patches to check")
-    if settings.kernel:
+    if settings.kernel and of == "kernel":
         raise UsageError("a kernel that was built elsewhere has no patches to check")
     if bisect:
         _require_clause(settings, bisect)
-    selection(select, KERNEL_SUITES)
-    source = linux_source(settings)
+    selection(select, part.suites)
+    source = part.source(settings)
     one = Check(
         settings,
         series,
+        part=part,
         select=bisect or select,
         alone=bool(bisect),
         base=f"{source.name} {source.version} {source.digest}",
     )
-    one.require_own_numbers()
+    if of == "kernel":
+        one.require_own_numbers()
     try:
         if bisect:
             return _bisect(one, bisect)
@@ -143,12 +151,14 @@ class Check:
         series: Series,
         *,
         select: str | None,
+        part: Part = PARTS["kernel"],
         alone: bool = False,
         base: str = "",
     ) -> None:
         self.settings = settings
         self.series = series
         self.select = select
+        self.part = part
         self.alone = alone
         # All that a verdict depends on, beside the patches: a journal of other tests is another.
         what = {
@@ -157,10 +167,13 @@ class Check:
             "flavour": settings.flavour,
             "interface": repr(interface(settings)),
             "base": base,
-            "qemu": load_series(settings.qemu_series).digest,
         }
+        for other in PARTS.values():
+            if other.name != part.name:
+                what[other.name] = load_series(getattr(settings, other.setting)).digest
         digests = {name: cache.digest_of(text) for name, text in what.items()}
-        digests |= {place.name: cache.digest_of(place) for place in _DECISIVE}
+        decisive = [*(paths.ROOT / suite for suite in part.suites), *_FRAGMENTS]
+        digests |= {place.name: cache.digest_of(place) for place in decisive}
         key = cache.key_of(digests)[:6]
         self.place = settings.reports / "series" / f"{series.id}-{key}"
         self.place.mkdir(parents=True, exist_ok=True)
@@ -185,7 +198,7 @@ class Check:
         start = time.monotonic()
         patch = series.patches[-1] if number else None
         before = self._known.get(self.series.first(number - 1).digest) if number > 1 else None
-        if patch and before and before.verdicts and _only_text(patch):
+        if patch and before and before.verdicts and self._only_text(patch):
             found = self._as_before(number, patch, before)
         else:
             found = self._look(number, patch, ahead)
@@ -239,7 +252,7 @@ class Check:
         name = patch.name if patch else "the base"
         found = Judged(number=number, patch=name, digest="")
         try:
-            build_kernel(settings)
+            self.part.build(settings)
         except PatchError as error:
             return msgspec.structs.replace(found, applies=error.message)
         except (CompileError, ConfigError) as error:
@@ -253,7 +266,7 @@ class Check:
         following = None
         if ahead is not None and ahead <= len(self.series.patches):
             following = self._settings(ahead)
-        with building_ahead(following, self._where(number) / "ahead"):
+        with building_ahead(self.part, following, self._where(number) / "ahead"):
             return self._judge_clauses(number, settings, found)
 
     def _judge_clauses(self, number: int, settings: Settings, found: Judged) -> Judged:
@@ -296,7 +309,7 @@ class Check:
             try:
                 # Ours is the table of all patches; each one's summary is in its directory.
                 with contextlib.redirect_stdout(summary):
-                    conform(settings, select=select, suites=KERNEL_SUITES, unfinished=unfinished)
+                    conform(settings, select=select, suites=self.part.suites, unfinished=unfinished)
             # A host that does not come up, or ends while it boots, is the kernel's doing.
             except (ConformanceError, DeadlineError, LostHostError) as error:
                 trouble = error.message
@@ -307,14 +320,16 @@ class Check:
 
     def _checkpatch(self, settings: Settings, patch: Patch) -> list[str]:
         try:
-            with patched_source(settings) as src:
-                return checkers.checkpatch(src, patch)
+            with self.part.patched_source(settings) as src:
+                return checkers.checkpatch(src, patch, *self.part.checkpatch)
         except PatchError:
             raise
         except BuildError as error:
             return [f"not run: {error.message}"]
 
     def _sparse(self, settings: Settings, patch: Patch) -> list[str]:
+        if self.part.name != "kernel":
+            return []
         try:
             return checkers.sparse(settings, patch)
         except BuildError as error:
@@ -334,12 +349,19 @@ class Check:
             for patch in self.series.patches[:number]:
                 (partial / patch.name).write_bytes(patch.content)
             partial.rename(directory)
-        return dataclasses.replace(
+        passing = self.passing / f"{number:04d}"
+        settings = dataclasses.replace(
             self.settings,
-            cache=passing_cache(self.settings.cache, self.passing / f"{number:04d}"),
-            kernel_series=directory,
+            cache=passing_cache(self.settings.cache, passing, of=self.part.name),
             reports=place / "reports",
         )
+        patches: dict[str, Any] = {self.part.setting: directory}
+        return dataclasses.replace(settings, **patches)
+
+    def _only_text(self, patch: Patch) -> bool:
+        """Whether the patch changes nothing that is compiled or run."""
+        touched = patch.touched() - {"/dev/null"}
+        return bool(touched) and all(path.startswith(self.part.untested) for path in touched)
 
 
 def _verdicts(view: RunView) -> dict[str, Outcome]:
@@ -354,12 +376,6 @@ def _records(journal: Path) -> Iterator[Judged]:
     for line in journal.read_bytes().splitlines():
         with contextlib.suppress(msgspec.MsgspecError):
             yield msgspec.json.decode(line, type=Judged)
-
-
-def _only_text(patch: Patch) -> bool:
-    """Whether the patch changes nothing that is compiled or run."""
-    touched = patch.touched() - {"/dev/null"}
-    return bool(touched) and all(path.startswith(_UNTESTED) for path in touched)
 
 
 def _bisect(one: Check, clause: str) -> int:

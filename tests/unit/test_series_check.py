@@ -41,6 +41,7 @@ from harness.series.history import (
     untested_before,
 )
 from harness.series.page import render_page
+from harness.series.parts import PARTS, Part
 from harness.settings import Settings, load_settings
 
 OWN = paths.KERNEL_CONFIG / "linux"
@@ -246,11 +247,18 @@ def test_no_patch_is_blamed_for_what_does_not_come_again(settings: Settings) -> 
     assert asked == [(None, True), ("tests/A.py tests/B.py", False)]
 
 
-def _build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.series.check.build_kernel", lambda _settings: None)
+def _kernel(monkeypatch: pytest.MonkeyPatch, error: HarnessError) -> Part:
+    """A kernel that is not built, or fails so; if the error is of no build, the suite does."""
+
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise error
+
     monkeypatch.setattr(
-        "harness.series.check.building_ahead", lambda _next, _place: contextlib.nullcontext()
+        "harness.series.check.building_ahead", lambda *_arguments: contextlib.nullcontext()
     )
+    monkeypatch.setattr("harness.series.check.conform", fails)
+    build = fails if isinstance(error, BuildError) else lambda _settings: None
+    return dataclasses.replace(PARTS["kernel"], build=build)
 
 
 @pytest.mark.parametrize("error", [BuildError("no network"), InfraError("a busy machine")])
@@ -258,41 +266,30 @@ def test_trouble_of_ours_is_not_kept_as_a_patchs(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, error: HarnessError
 ) -> None:
     """It ends the check, which goes on there the next time."""
-
-    def fails(*_arguments: object, **_options: object) -> None:
-        raise error
-
-    _build_nothing(monkeypatch)
-    in_the_way = "build_kernel" if isinstance(error, BuildError) else "conform"
-    monkeypatch.setattr(f"harness.series.check.{in_the_way}", fails)
-    one = Quick(settings, load_series(settings.kernel_series), select=None)
+    part = _kernel(monkeypatch, error)
+    one = Quick(settings, load_series(settings.kernel_series), select=None, part=part)
     with pytest.raises(type(error), match=error.message):
         one.judge(1)
     assert (one.place / "judged.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "problem"),
+    ("error", "problem"),
     [
-        ("build_kernel", CompileError("a semicolon"), "does not build: a semicolon"),
-        ("build_kernel", PatchError("hunk 1"), "does not apply: hunk 1"),
-        ("conform", DeadlineError("no login"), "does not boot: no login"),
-        ("conform", HostCrashedError("panic"), "does not boot: panic"),
+        (CompileError("a semicolon"), "does not build: a semicolon"),
+        (PatchError("hunk 1"), "does not apply: hunk 1"),
+        (DeadlineError("no login"), "does not boot: no login"),
+        (HostCrashedError("panic"), "does not boot: panic"),
     ],
 )
 def test_what_is_wrong_with_a_patch(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
-    where: str,
     error: HarnessError,
     problem: str,
 ) -> None:
-    def fails(*_arguments: object, **_options: object) -> None:
-        raise error
-
-    _build_nothing(monkeypatch)
-    monkeypatch.setattr(f"harness.series.check.{where}", fails)
-    one = Quick(settings, load_series(settings.kernel_series), select=None)
+    part = _kernel(monkeypatch, error)
+    one = Quick(settings, load_series(settings.kernel_series), select=None, part=part)
     assert one.judge(1).problem == problem
     assert Quick(settings, one.series, select=None).judge(1).problem == problem
 
@@ -313,6 +310,7 @@ def test_a_patch_of_documentation_has_to_apply(settings: Settings) -> None:
 def test_the_journal_is_for_one_base_and_one_description(settings: Settings) -> None:
     series = load_series(settings.kernel_series)
     places = [
+        Check(settings, series, select=None, part=PARTS["qemu"]).place,
         Check(settings, series, select=None, base="linux 6.12").place,
         Check(settings, series, select=None, base="linux 6.13").place,
         Check(dataclasses.replace(settings, description="v12"), series, select=None).place,
@@ -352,10 +350,10 @@ def test_building_ahead_ends_with_its_block(settings: Settings, tmp_path: Path) 
     place = tmp_path / "ahead"
     # It fails at once, which is nobody's business here.
     hopeless = dataclasses.replace(settings, kernel_series=tmp_path / "none")
-    with building_ahead(hopeless, place):
+    with building_ahead(PARTS["kernel"], hopeless, place):
         assert (place / "settings.json").is_file()
     assert (place / "ahead.log").is_file()
-    with building_ahead(None, tmp_path / "nothing"):
+    with building_ahead(PARTS["kernel"], None, tmp_path / "nothing"):
         assert not (tmp_path / "nothing").exists()
 
 
@@ -373,9 +371,10 @@ def test_checkpatch_is_asked_about_the_patch_itself(tmp_path: Path) -> None:
     tree = _kernel_tree()
     assert tree is not None
     own = load_series(OWN).patches[0]
-    assert not [line for line in checkpatch(tree, own) if line.startswith("ERROR")]
+    options = PARTS["kernel"].checkpatch
+    assert not [line for line in checkpatch(tree, own, *options) if line.startswith("ERROR")]
     bad = Patch(tmp_path / "x.patch", own.content.replace(b"\n+\t", b"\n+        ", 1))
-    found = checkpatch(tree, bad)
+    found = checkpatch(tree, bad, *options)
     assert any("CODE_INDENT" in line and "(line " in line for line in found)
     with pytest.raises(BuildError, match="checkpatch failed"):
         checkpatch(tmp_path, own)
