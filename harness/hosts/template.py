@@ -10,6 +10,7 @@ which takes no memory that it does not change, no disk, and a tenth of a second.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -252,7 +253,10 @@ class TemplateTarget:
 
     def facts(self) -> MachineFacts:
         """The facts of the prepared target. See :class:`Target`."""
-        return self._prepared().facts()
+        facts = self._prepared().facts()
+        assert self._kernel is not None
+        # The same patches may have been somewhere else when it was booted and saved.
+        return dataclasses.replace(facts, kernel_series=self._kernel.series)
 
     def _prepared(self) -> _Template:
         if self._template is None:
