@@ -216,6 +216,9 @@ class BochsMachine:
             "-o", "LogLevel=ERROR", "root@127.0.0.1",
         ]  # fmt: skip
 
+    def processors(self) -> str:
+        return ""
+
     def close(self) -> None:
         try:
             process.end(self._child)

@@ -144,6 +144,9 @@ class Emulator:
             "-o", "LogLevel=ERROR", "root@127.0.0.1",
         ]  # fmt: skip
 
+    def processors(self) -> str:
+        return self._monitor.human("info registers -a")
+
     def close(self) -> None:
         self._monitor.close()
         process.end(self._child)

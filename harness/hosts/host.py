@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol, Self
 
 import paramiko
 
-from harness.errors import HostCrashedError, InfraError, LostHostError
+from harness.errors import HarnessError, HostCrashedError, InfraError, LostHostError
 from harness.hosts.console import Console
 from harness.hosts.ssh import Keys, Shell, login_until
 
@@ -48,6 +48,12 @@ class Machine(Protocol):
 
     def login_command(self, keys: Keys) -> list[str]:
         """The command by which a person logs in."""
+
+    def processors(self) -> str:
+        """What its processors are at, seen from outside; empty where nobody sees that.
+
+        :raises HarnessError: it cannot be found out.
+        """
 
     def close(self) -> None:
         """End the machine. Idempotent."""
@@ -133,6 +139,13 @@ class Host(Shell):
     def login_command(self) -> list[str]:
         """The command line by which a person logs in to this host."""
         return self._machine.login_command(self.keys)
+
+    def stuck(self) -> str:
+        """What its processors are at; see :meth:`Shell.stuck`."""
+        try:
+            return self._machine.processors()
+        except HarnessError as error:
+            return f"what its processors are at cannot be told: {error.message}"
 
     # -- connections ------------------------------------------------------------------
 

@@ -186,6 +186,9 @@ class RemoteMachine:
     def login_command(self, keys: Keys) -> list[str]:
         return self.address.command()
 
+    def processors(self) -> str:
+        return ""
+
     def ready(self) -> None:
         """Switch introspection on, and let warnings come that the kernel gives but once."""
         self._usual = self.control.run(f"cat {_PARAMETER}", check=False).text

@@ -24,6 +24,7 @@ import paramiko
 
 from harness.errors import DeadlineError, InfraError
 from harness.hosts.base import Completed
+from harness.hosts.stacks import stacks_in_kvm
 
 if TYPE_CHECKING:
     from harness.hosts.host import Host
@@ -288,6 +289,10 @@ class Shell:
         """Raise what is wrong with the machine at the other end, if anything is."""
         raise NotImplementedError
 
+    def stuck(self) -> str:
+        """What can be told of where the machine at the other end is stuck; never raises."""
+        raise NotImplementedError
+
     def _broken(self, doing: str, error: BaseException) -> NoReturn:
         """The best error for a connection that failed: the machine's own comes first."""
         self.check()
@@ -340,6 +345,7 @@ class Shell:
                 raise DeadlineError(
                     f"{self.what}: `{command}` did not end within {timeout_s:g} s",
                     hint="the host's console may say why",
+                    details=self.stuck(),
                 )
         status = int(channel.exit_status)
         if status == -1 and not channel.get_transport().is_active():
@@ -462,6 +468,10 @@ class GuestShell(Shell):
     def check(self) -> None:
         """Raise what is wrong with the host; the guest itself is QEMU's business."""
         self._host.check()
+
+    def stuck(self) -> str:
+        """Where its host is; see :meth:`Shell.stuck`."""
+        return stacks_in_kvm(self._host)
 
     def close(self) -> None:
         """Log out. Idempotent."""

@@ -33,4 +33,4 @@ def stacks_in_kvm(host: Host) -> str:
     try:
         return host.run(_SCRIPT, timeout_s=_TIMEOUT_S * host.patience).text or "no task is in KVM"
     except HarnessError as error:
-        return f"the stacks of the host's tasks cannot be told: {error.message}"
+        return f"the stacks of the host's tasks cannot be told: {error.message}\n{error.details}"
