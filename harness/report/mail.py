@@ -139,7 +139,7 @@ def _against(against: Comparison) -> Iterator[str]:
 
 def _groups(view: RunView) -> Iterator[str]:
     heading = "Clauses by group"
-    width = max(len(heading), *(len(group.title) for group in view.groups))
+    width = max([len(heading), *(len(group.title) for group in view.groups)])
     yield f"{heading:<{width}}  " + " ".join(f"{one.value:>5}" for one in Outcome)
     for title, counts in [
         *((group.title, group.counts) for group in view.groups),

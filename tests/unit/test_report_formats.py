@@ -262,6 +262,12 @@ def test_tested_by_speaks_of_what_was_claimed(tmp_path: Path) -> None:
     assert text.endswith(f"Tested-by: {TESTER} # what it claims of v12, AMD EPYC 9754\n")
 
 
+def test_mail_of_a_run_in_which_nothing_was_tested(tmp_path: Path) -> None:
+    text = mail_of(view_of(load_run(make_run(tmp_path / "empty"))), tester=TESTER)
+    assert "0 tests" in text
+    assert "Tested-by" not in text
+
+
 @pytest.mark.parametrize(
     "spoilt",
     ["FAIL", "ERROR", "MISS", "select", "shard", "left out", "skipped", "early", "known"],
