@@ -263,6 +263,10 @@ class Worker:
         if state is None:
             return report
         judgement = classify(call.excinfo) if call.excinfo else Judgement(Outcome.PASS)
+        if judgement.outcome is Outcome.SKIP and report.failed:
+            # What does not apply is no failure for pytest, either, nor for its exit code.
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), 0, f"Skipped: {judgement.reason}")
         if judgement.outcome.bad:
             state.failed = True
             coped = judgement.outcome is Outcome.FAIL and call.when != "teardown"

@@ -404,6 +404,25 @@ def test_nowhere(profile): profile.event("FLIGHT")
 
 
 @both_ways
+def test_what_does_not_apply_is_no_failure_for_pytest(
+    suite: Suite, options: tuple[str, ...]
+) -> None:
+    result = suite.run(
+        """
+        @pytest.fixture
+        def absent(): raise errors.AbsentError("v7 has no fuzzer")
+        @pytest.mark.clause("EVT-RETRY")
+        def test_asks(): raise errors.AbsentError("v7 has no such event")
+        @pytest.mark.clause("EVT-CRASH")
+        def test_needs(absent): pass
+        """,
+        *options,
+    )
+    assert suite.verdicts() == {"test_asks": "SKIP", "test_needs": "SKIP"}
+    assert result.ret == 0
+
+
+@both_ways
 def test_clauses_of_another_version(suite: Suite, options: tuple[str, ...]) -> None:
     """A run is about the clauses of one version; what only another has is none of it."""
     _claims(suite, "v7")
