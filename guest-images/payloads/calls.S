@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # 64-bit code, at any privilege level. Goes round for ever and counts its rounds; while
-# DONE is not WANT it makes one hypercall or breakpoint a round and counts exactly what
-# came of it. The worker writes WANT to start calls, so none happens by itself.
+# DONE is not WANT it makes one hypercall, breakpoint or other software interrupt a round and
+# counts exactly what came of it. The worker writes WANT to start calls, so none happens by itself.
 
 	.include "layout.inc"
 	.code64
 	.globl	_start, call_site, breakpoint_site, prefixed_site, on_breakpoint, on_fault
+	.globl	on_software_interrupt
 _start:
 	incq	TICKS(%r15)
 	movq	WANT(%r15), %rax
@@ -14,7 +15,7 @@ _start:
 	je	idle
 	cmpq	$1, KIND(%r15)
 	je	breakpoint_site
-	ja	prefixed_site
+	ja	others
 
 	movq	ARG_NR(%r15), %rax
 	movq	ARG_1(%r15), %rdi
@@ -33,14 +34,27 @@ breakpoint_site:
 	int3
 	jmp	done
 
+others:
+	cmpq	$3, KIND(%r15)
+	je	low_interrupt
+	ja	high_interrupt
 prefixed_site:
 	.byte	0x3e, 0xcc		# a segment prefix makes it an instruction of two bytes
+	jmp	done
+
+low_interrupt:
+	int	$0x21
+	jmp	done
+
+high_interrupt:				# as a signed byte it would be negative
+	int	$0x80
 	jmp	done
 
 idle:
 	pause
 	jmp	_start
 
+on_software_interrupt:
 on_breakpoint:
 	incq	TRAPS(%r15)
 	pushq	(%rsp)

@@ -38,6 +38,14 @@ FREE = 0x20000
 ALIAS = 0x4000_0000
 """In long mode all memory is mapped a second time here, so that gva and gpa differ."""
 
+# Labels of a payload that does not have all of "vectors"; what it does not have is on_fault.
+_HANDLERS = {
+    1: "on_debug",
+    3: "on_breakpoint",
+    0x21: "on_software_interrupt",
+    0x80: "on_software_interrupt",
+}
+
 MAX_VCPUS = 4
 MAILBOX_WORDS = {
     "ticks": 0x00, "want": 0x08, "done": 0x10, "result": 0x18, "refused": 0x20, "traps": 0x28,
@@ -223,7 +231,7 @@ class Machine:
             if "vectors" in symbols:
                 target = self.linear("vectors") + 16 * vector
             else:
-                label = {1: "on_debug", 3: "on_breakpoint"}.get(vector, "on_fault")
+                label = _HANDLERS.get(vector, "on_fault")
                 target = self.linear(label if label in symbols else "on_fault")
             # Trap gates, which leave interrupts enabled in the handlers; int3 from any ring.
             access = 0xEF if vector == 3 else 0x8F

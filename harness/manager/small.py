@@ -140,9 +140,9 @@ class SmallManager:
         fds = self.link.call("socketpair", name=name, kind=kind)
         return name, fds[0]
 
-    def shutdown(self, name: str) -> str:
-        """Shut a socket down in both directions, as a device manager does; as for ioctls."""
-        return errno_name(self.link.call("shutdown", name=name))
+    def shutdown(self, name: str, how: int = socket.SHUT_RDWR) -> str:
+        """Shut a socket down, as a device manager does; the answer is as for ioctls."""
+        return errno_name(self.link.call("shutdown", name=name, how=how))
 
     def close_fd(self, name: str) -> None:
         """Close the agent's own descriptor."""

@@ -101,6 +101,25 @@ def test_inject_in_event(lab: Lab, name: str) -> None:
     assert vm.word("faults") == 1
 
 
+@pytest.mark.clause("INJECT-OK", "EV-TRAP-EFFECTIVE")
+def test_inject_breakpoint(lab: Lab) -> None:
+    """A breakpoint is delivered also where there is no int3, and leads to the next instruction."""
+    vm, session = pair_for(lab, "HYPERCALL")
+    enable(session, "HYPERCALL")
+    vm.call_out(1)
+    event = next_event_of(session, "HYPERCALL")
+    _inject(session, BREAKPOINT)
+    session.answer(event)
+    trap = _trap(session, BREAKPOINT)
+    assert vm.word("traps") == 0
+    session.answer(trap)
+    vm.wait_word("done", 1)
+    assert vm.word("traps") == 1
+    # How long an instruction is that is none may be anything.
+    assert 0 <= vm.word("trap_ip") - trap.regs.rip <= 15
+    silent(session, vcpus=[0])
+
+
 @pytest.mark.clause("INJECT-OK", "INJECT-TRAP")
 def test_inject_before_first_entry(lab: Lab) -> None:
     """A vCPU that has not run yet gets the exception before its first instruction."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from typing import Any
 
@@ -372,8 +373,8 @@ def test_short_reads_as_zero(session: Session) -> None:
 def test_long(lab: Lab, name: str) -> None:
     """A command that is longer than its struct succeeds, the excess is not looked at."""
     vm, session = lab.pair()
-    requires(session, command=name)
     fields = dict(GOOD.get(name, {}))
+    requires(session, command=name, event=fields.get("event_id", ""))
     id, payload = session.codec.encode_command(name, **fields)
     for excess in (b"\xff", b"\xff" * 33, b"\xff" * 4000):
         session.reply_to(session.send_raw(id, payload + excess)).ok()
@@ -452,6 +453,24 @@ def test_local_peer_gone(lab: Lab, vm: SmallVm) -> None:
     assert vm.preunhook() == gone(vm)
     if lab.profile.has("ioctl UNHOOK"):
         assert vm.unhook() == "OK"
+
+
+@pytest.mark.clause("MSG-SOCKERR-CLOSE")
+def test_peer_does_not_read(lab: Lab, vm: SmallVm) -> None:
+    """An event that cannot be sent, since the other end of a UNIX socket was shut down for reading,
+    ends the session: a tool that misses one must not believe that all is well."""
+    name, fd = lab.manager.socketpair()
+    vm.socket, peer = name, name + ".peer"
+    assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+    asked = lab.codec.encode_command("VCPU_CONTROL_EVENTS", vcpu=0, event_id="HYPERCALL", enable=1)
+    lab.manager.link.call("send", name=peer, hex=lab.codec.frame(*asked, 1).hex())
+    vm.run()
+    assert "IN" in lab.manager.poll(peer, "IN", within_s=5), "no reply"
+    assert lab.manager.shutdown(peer, socket.SHUT_RD) == "OK"
+    vm.call_out(1)
+    ends_dead(lab.manager, vm)
+    vm.wait_word("done", 1)
+    assert vm.preunhook() == gone(vm)
 
 
 @pytest.mark.clause("MSG-INTERLEAVE-EV")

@@ -186,6 +186,18 @@ def test_prefixed_breakpoint(lab: Lab) -> None:
     assert vm.word("trap_ip") == vm.machine.linear("prefixed_site") + 2
 
 
+@pytest.mark.clause("EVT-NOTENABLED-NOTSENT")
+@pytest.mark.parametrize("kind", [3, 4], ids=["0x21", "0x80"])
+def test_other_software_interrupts(lab: Lab, kind: int) -> None:
+    """INT n is no event, and goes on as ever, also where it is intercepted to see breakpoints."""
+    vm, session = lab.pair()
+    enable(session, "BREAKPOINT")
+    vm.call_out(50, kind=kind)
+    vm.wait_word("done", 50)
+    assert vm.word("traps") == 50
+    silent(session, vcpus=[0])
+
+
 @pytest.mark.clause("EV-BP-CONTINUE")
 @pytest.mark.parametrize("cpl", [0, 3])
 def test_breakpoint_continue(lab: Lab, cpl: int) -> None:

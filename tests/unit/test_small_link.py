@@ -95,6 +95,10 @@ class _ThisMachine:
     def check(self) -> None:
         """Nothing is ever wrong with it."""
 
+    def stuck(self) -> str:
+        """Nothing of it can be seen from outside."""
+        return ""
+
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[AgentLink]:

@@ -132,8 +132,8 @@ class DescriptorRequests(MachineRequests):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
 
     def op_shutdown(self, request: Request) -> int:
-        """Shut a socket down in both directions through our descriptor; answer the errno."""
-        ret = libc.shutdown(self._fd(request["name"]), socket.SHUT_RDWR)
+        """Shut a socket down, in both directions by default; answer the errno."""
+        ret = libc.shutdown(self._fd(request["name"]), request.get("how", socket.SHUT_RDWR))
         return ctypes.get_errno() if ret < 0 else 0
 
     def op_poll(self, request: Request) -> list[str]:
