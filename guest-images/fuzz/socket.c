@@ -4,12 +4,33 @@
 
 struct slot slots[SLOTS];
 
+static bool tcp_pair(int fds[2])
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr = { htonl(INADDR_LOOPBACK) } };
+	socklen_t size = sizeof(address);
+	int listener, one = 1;
+
+	listener = socket(AF_INET, SOCK_STREAM, 0);
+	if (bind(listener, (struct sockaddr *)&address, size) || listen(listener, 1) ||
+	    getsockname(listener, (struct sockaddr *)&address, &size))
+		die("a TCP socket");
+	fds[0] = socket(AF_INET, SOCK_STREAM, 0);
+	if (connect(fds[0], (struct sockaddr *)&address, size)) {
+		close(fds[0]);
+		close(listener);
+		return false;
+	}
+	fds[1] = accept(listener, NULL, NULL);
+	close(listener);
+	setsockopt(fds[0], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(fds[1], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	return true;
+}
+
 int make_socket(struct slot *slot, uint8_t kind, uint32_t room)
 {
 	static const int types[] = { SOCK_STREAM, SOCK_SEQPACKET, SOCK_DGRAM };
-	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr = { htonl(INADDR_LOOPBACK) } };
-	socklen_t size = sizeof(address);
-	int fds[2] = { -1, -1 }, listener, one = 1;
+	int fds[2] = { -1, -1 }, tries = 0;
 
 	if (slot->ours >= 0 || slot->peer >= 0)
 		return EEXIST;
@@ -21,17 +42,10 @@ int make_socket(struct slot *slot, uint8_t kind, uint32_t room)
 			return errno;
 		break;
 	case TCP_PAIR:
-		listener = socket(AF_INET, SOCK_STREAM, 0);
-		if (bind(listener, (struct sockaddr *)&address, size) || listen(listener, 1) ||
-		    getsockname(listener, (struct sockaddr *)&address, &size))
-			die("a TCP socket");
-		fds[0] = socket(AF_INET, SOCK_STREAM, 0);
-		if (connect(fds[0], (struct sockaddr *)&address, size))
-			die("a TCP connection");
-		fds[1] = accept(listener, NULL, NULL);
-		close(listener);
-		setsockopt(fds[0], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-		setsockopt(fds[1], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		/* One that ended just now, between the same ports, resets a new one. */
+		while (!tcp_pair(fds))
+			if (++tries == 10)
+				die("a TCP connection");
 		break;
 	case TCP_ALONE:
 		fds[0] = socket(AF_INET, SOCK_STREAM, 0);

@@ -91,7 +91,8 @@ def _session(session: Session, came: Streamed) -> Iterator[str]:
             lane.popleft()
         yield from _reply(sent, reply.size, reply.head)
     # Of what came before the end, the receiver answered all; a vCPU what it got to.
-    certain = session.mode is not Mode.NONE and not came.wrongly
+    lost = session.lossy and session.closes is not Closes.NEVER
+    certain = session.mode is not Mode.NONE and not came.wrongly and not lost
     missing = list(open_.get(-1, ()))
     if session.closes is Closes.NEVER and session.running:
         missing += [one for lane, there in open_.items() if lane >= 0 for one in there]

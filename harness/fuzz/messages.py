@@ -48,6 +48,9 @@ class Session:
     mode: Mode = Mode.REPLIES
     running: bool = True
     """Whether all vCPUs run: those that do not answer nothing."""
+    lossy: bool = False
+    """Whether it is TCP: where the kernel ends the session and more comes from the tool, TCP resets
+    the connection, and what it had not sent of the kernel's replies yet is lost."""
 
 
 class MessageCases:
@@ -125,7 +128,7 @@ class MessageCases:
         if answers[2] and closes is Closes.NEVER:
             closes = Closes.MAYBE
         expected = sum(1 for one in sent if one.errors and (running or one.lane < 0))
-        session = Session(sent, closes, tail, mode, running)
+        session = Session(sent, closes, tail, mode, running, lossy=kind is Sock.TCP_PAIR)
         ops.append(
             Op.stream(
                 slot, _pieces(rng, sent, tail), mode, deaf=rng.random() < 0.1, answers=answers,

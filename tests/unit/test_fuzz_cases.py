@@ -195,6 +195,21 @@ def test_faults_of_sessions(profile: Profile, rules: Rules) -> None:
     assert "does not come back" in judge(profile, [op], Outcome(0, stuck="there"))[0]
 
 
+def test_replies_that_tcp_loses(profile: Profile, rules: Rules) -> None:
+    """The last replies may be lost where the kernel ends a session by TCP, and nowhere else."""
+    op, session = _one_session(profile, rules)
+
+    def faults(session: Session) -> list[str]:
+        well = _session_outcome(session).lanes[0][0]
+        assert isinstance(well, Streamed)
+        cut = _session_outcome(session, replies=well.replies[:-1])
+        return judge(profile, [replace(op, expect=session)], cut)
+
+    assert faults(replace(session, lossy=True))
+    assert faults(replace(session, closes=Closes.ALWAYS))
+    assert not faults(replace(session, closes=Closes.ALWAYS, lossy=True))
+
+
 def test_ioctls_are_followed(profile: Profile) -> None:
     """What an ioctl may answer follows from what the ones before it answered."""
 
