@@ -11,19 +11,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import paths
-from harness.build.kernel import build_kernel
 from harness.build.progress import note
-from harness.build.qemu import build_qemu
-from harness.conform.selection import KERNEL_SUITES
 from harness.errors import BuildError, ConformanceError, UsageError
 from harness.report.store import last_run
+from harness.series.parts import PARTS
 from harness.variants import chosen, entries_of, failing, passing_place, series_on_top
 
 if TYPE_CHECKING:
@@ -35,39 +33,25 @@ MUTANTS = paths.ROOT / "tests" / "mutants"
 _ROOT = "mutants"
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What can be broken."""
-
-    suites: tuple[str, ...]
-    """The tests that have to notice."""
-    series: str
-    """Which setting names the series."""
-    build: Callable[[Settings], object]
-
-
-_KINDS = {
-    "kernel": _Kind(KERNEL_SUITES, "kernel_series", build_kernel),
-    "qemu": _Kind(
-        # Those whose machines have no operating system: they say more, and take seconds.
-        tuple(
-            f"tests/lifecycle/test_{name}.py"
-            for name in (
-                "handshake",
-                "migration",
-                "object",
-                "overtaken",
-                "permissions",
-                "reset",
-                "snapshot",
-                "stop",
-                "variants",
-            )
-        ),
-        "qemu_series",
-        build_qemu,
+_SUITES = {
+    "kernel": PARTS["kernel"].suites,
+    # Those whose machines have no operating system: they say more, and take seconds.
+    "qemu": tuple(
+        f"tests/lifecycle/test_{name}.py"
+        for name in (
+            "handshake",
+            "migration",
+            "object",
+            "overtaken",
+            "permissions",
+            "reset",
+            "snapshot",
+            "stop",
+            "variants",
+        )
     ),
 }
+"""The tests that have to notice."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +104,8 @@ def load_mutants(directory: Path = MUTANTS) -> list[Mutant]:
     ]
     known = load_clauses()
     for mutant in mutants:
-        if mutant.of not in _KINDS:
-            faults.append(f"{mutant.name} is of {mutant.of!r}, not of {' or '.join(_KINDS)}")
+        if mutant.of not in PARTS:
+            faults.append(f"{mutant.name} is of {mutant.of!r}, not of {' or '.join(PARTS)}")
         if not mutant.red:
             faults.append(f"{mutant.name} names no clause")
         faults += [f"{mutant.name}: no clause {one}" for one in mutant.red if one not in known]
@@ -146,7 +130,7 @@ def run(settings: Settings, *, select: str | None = None) -> int:
     for of, target in sorted({(mutant.of, mutant.target) for mutant in mutants}):
         here = [mutant for mutant in mutants if (mutant.of, mutant.target) == (of, target)]
         red = sorted({clause for mutant in here for clause in mutant.red})
-        if bad := failing(_alone(settings, target), red, suites=_KINDS[of].suites):
+        if bad := failing(_alone(settings, target), red, suites=_SUITES[of]):
             raise ConformanceError(
                 f"the series itself does not keep {', '.join(bad)}",
                 hint="mend that first: on these clauses nothing can be learned from mutants",
@@ -184,7 +168,7 @@ def _each(settings: Settings, mutants: Sequence[Mutant]) -> Iterator[_Result]:
             mutated = ahead.result()
             if following is not None:
                 ahead = builder.submit(_build, settings, following)
-            failed = failing(mutated, mutant.red, suites=_KINDS[mutant.of].suites)
+            failed = failing(mutated, mutant.red, suites=_SUITES[mutant.of])
             shutil.rmtree(mutated.cache, ignore_errors=True)
             survived = tuple(clause for clause in mutant.red if clause not in failed)
             yield _Result(mutant, survived, last_run(_reports(settings)))
@@ -199,16 +183,16 @@ def _alone(settings: Settings, target: str) -> Settings:
 
 def _build(settings: Settings, mutant: Mutant) -> Settings:
     """Build a mutant; answer settings with its series and a cache for what is made of it."""
-    kind = _KINDS[mutant.of]
-    original: Path | str = getattr(settings, kind.series)
+    part = PARTS[mutant.of]
+    original: Path | str = getattr(settings, part.setting)
     root = settings.cache / _ROOT / mutant.name
     added = [(mutant.patch, f"9999-{mutant.name}.patch")]
     what = f"mutant {mutant.name}"
     series = series_on_top(settings, root, original, added, what=what, of=mutant.of)
     alone = dataclasses.replace(_alone(settings, mutant.target), cache=root)
-    mutated = dataclasses.replace(alone, **{kind.series: series})  # type: ignore[arg-type]
+    mutated = dataclasses.replace(alone, **{part.setting: series})  # type: ignore[arg-type]
     try:
-        kind.build(mutated)
+        part.build(mutated)
     except BuildError as error:
         raise BuildError(
             f"{what}: {error.message}",

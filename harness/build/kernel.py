@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,16 @@ _SPACE_FIRST_MB = 3000
 _SPACE_AGAIN_MB = 300
 # Lines that make prints for the base configuration from nothing, to show how far it is.
 _LINES_FROM_NOTHING = 2030
+
+# What the configuration and the headers for user space are made of.
+_WITHOUT_CODE = (
+    "Kbuild",
+    "Makefile",
+    "*Kconfig*",
+    "scripts/*",
+    "arch/x86/Makefile*",
+    "*include/uapi/*",
+)
 
 # Who built it and when would make every image differ from the last.
 _VARIABLES = {
@@ -254,18 +264,19 @@ def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> 
 
     :param lines: as in a fragment, ``CONFIG_KVM=y``.
     :param into: the file for it; its directory exists.
-    :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
+    :raises UsageError: the kernel was built elsewhere.
     """
     into.write_text("\n".join(lines) + "\n")
-    with source_under_test(settings) as (tree, build, lock):
+    with _without_code(settings) as src:
+        build = src.with_name("build-configuration")
+        build.mkdir(exist_ok=True)
         run_logged(
             ["make", f"O={build}", f"KCONFIG_CONFIG={into}", "olddefconfig"],
-            cwd=tree.src,
+            cwd=src,
             log=settings.cache / "logs" / "kconfig.log",
             timeout_s=_CONFIGURE_TIMEOUT_S,
             env=build_environment(),
             what="kernel configuration",
-            hold=[lock],
         )
     return into.read_text()
 
@@ -277,8 +288,23 @@ def uapi_headers(settings: Settings) -> Iterator[tuple[Path, Path]]:
 
     :raises UsageError: there is no unpacked source, as when the kernel was built elsewhere.
     """
-    with patched_source(settings) as src:
+    with _without_code(settings) as src:
         yield src / "include/uapi", src / "arch/x86/include/uapi"
+
+
+@contextmanager
+def _without_code(settings: Settings) -> Iterator[Path]:
+    """As :func:`patched_source`, without what is compiled.
+
+    It is a tree of its own: tests need not wait for a build in the other one, and do not switch
+    it away from what is built there next.
+    """
+    _require_source(settings)
+    source = linux_source(settings)
+    tree = source_tree(settings, source, only=_WITHOUT_CODE)
+    log = settings.cache / "logs" / "kconfig.log"
+    with tree.patched(source, load_series(settings.kernel_series), log=log) as src:
+        yield src
 
 
 @contextmanager
@@ -291,13 +317,10 @@ def patched_source(settings: Settings) -> Iterator[Path]:
     """
     _require_source(settings)
     source = linux_source(settings)
-    tree = source_tree(settings, source)
+    series = load_series(settings.kernel_series)
     log = settings.cache / "logs" / "kernel.log"
-    with tree.locked():
-        with step(f"Unpack {source.name}") as progress:
-            tree.prepare(lambda into: unpack(source, into, log=log, progress=progress))
-        tree.switch(load_series(settings.kernel_series))
-        yield tree.src
+    with source_tree(settings, source).patched(source, series, log=log) as src:
+        yield src
 
 
 def _require_source(settings: Settings) -> None:
@@ -307,10 +330,13 @@ def _require_source(settings: Settings) -> None:
         )
 
 
-def source_tree(settings: Settings, source: Source) -> SourceTree:
-    """The tree in the cache that this source is unpacked into, now or later."""
+def source_tree(settings: Settings, source: Source, *, only: Sequence[str] = ()) -> SourceTree:
+    """The tree in the cache that this source, or a part of it, is unpacked into, now or later."""
     place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
-    return SourceTree(place, kind="kernel", base=f"{source.name} {source.version}")
+    if only:
+        place = place.with_name(f"{place.name}-{cache.key_of({'only': repr(only)})[:8]}")
+    base = f"{source.name} {source.version}"
+    return SourceTree(place, kind="kernel", base=base, only=only)
 
 
 @contextmanager

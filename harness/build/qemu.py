@@ -196,13 +196,10 @@ def patched_source(settings: Settings) -> Iterator[Path]:
     :raises PatchError: a patch does not apply.
     """
     source = qemu_source(settings)
-    tree = _tree(settings, source)
+    series = load_series(settings.qemu_series)
     log = settings.cache / "logs" / "qemu.log"
-    with tree.locked():
-        with step(f"Unpack {source.name}") as progress:
-            tree.prepare(lambda into: unpack(source, into, log=log, progress=progress))
-        tree.switch(load_series(settings.qemu_series))
-        yield tree.src
+    with _tree(settings, source).patched(source, series, log=log) as src:
+        yield src
 
 
 def _tree(settings: Settings, source: Source) -> SourceTree:

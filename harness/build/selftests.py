@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.build import cache
-from harness.build.kernel import build_environment, compiler
+from harness.build.kernel import build_environment, compiler, source_tree
 from harness.build.progress import step
 from harness.build.run import run_logged
 from harness.build.series import Series
 from harness.build.sources import linux_source, unpack
-from harness.build.tree import SourceTree
 from harness.errors import BuildError
 from harness.settings import Settings
 
@@ -57,8 +56,7 @@ def build_selftests(settings: Settings) -> Selftests:
     """
     source = linux_source(settings)
     title = f"{source.name} {source.version}"
-    place = settings.cache / "trees" / f"linux-{source.upstream}-{source.digest[:8]}"
-    tree = SourceTree(place, kind="kernel", base=title)
+    tree = source_tree(settings, source)
     log = settings.cache / "logs" / "selftests.log"
     inputs: dict[str, cache.Input] = {
         "source": f"{title} {source.digest}",

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from harness.build import cache
@@ -194,9 +197,13 @@ def _fetch_into(into: Path, package: str, root: Path, progress: Step) -> tuple[P
     )
 
 
-def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
+def unpack(
+    source: Source, into: Path, *, only: Sequence[str] = (), log: Path, progress: Step
+) -> None:
     """Unpack ``source`` so that ``into``, which does not exist yet, is its top directory.
 
+    :param only: patterns of the paths that are wanted of a kernel's source, all by default;
+        each has to find something that no other finds.
     :raises BuildError: what was fetched is damaged.
     """
     if source.main_file.suffix == ".dsc":
@@ -212,15 +219,23 @@ def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
         return
     progress.update(doing=source.main_file.name)
     into.mkdir()
+    _unpack_kernel(source, into, only=only, log=log)
+    for path in (Path(top, name) for top, _, names in os.walk(into) for name in names):
+        # tar takes a pattern for the end of a path, too.
+        if only and not any(fnmatchcase(str(path.relative_to(into)), one) for one in only):
+            path.unlink()
+
+
+def _unpack_kernel(source: Source, into: Path, *, only: Sequence[str], log: Path) -> None:
+    wanted = ["--wildcards", "--no-anchored", *only] if only else []
     if source.commit:
         archive = ["git", "-C", str(source.main_file), "archive", "--format=tar", source.commit]
-        _pipeline(
-            [archive, ["tar", "-x", "-C", str(into)]], log=log, what=f"unpacking {source.name}"
-        )
+        extract = ["tar", "-x", "-C", str(into), *wanted]
+        _pipeline([archive, extract], log=log, what=f"unpacking {source.name}")
         return
     if ".tar" in source.main_file.name:
         run_logged(
-            ["tar", "-xf", str(source.main_file), "--strip-components=1", "-C", str(into)],
+            ["tar", "-xf", str(source.main_file), "--strip-components=1", "-C", str(into), *wanted],
             cwd=into,
             log=log,
             timeout_s=900,
@@ -233,7 +248,7 @@ def unpack(source: Source, into: Path, *, log: Path, progress: Step) -> None:
         ["dpkg-deb", "--fsys-tarfile", str(source.main_file)],
         ["tar", "-xO", inner],
         ["xz", "-dcT0"],
-        ["tar", "-x", "--strip-components=1", "-C", str(into)],
+        ["tar", "-x", "--strip-components=1", "-C", str(into), *wanted],
     ]
     _pipeline(stages, log=log, what=f"unpacking {source.name}")
 

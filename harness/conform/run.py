@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import paths
+from harness.build.builds import build_all
 from harness.build.progress import note
 from harness.conform.begin import begin_run, check_inputs, rerun_of, writing
 from harness.conform.outcome import account, death_of, tell
 from harness.conform.selection import SUITES, selection, suites_for
 from harness.conform.watch import run_pytest
+from harness.hosts import target_for
 from harness.hosts.choice import settled
 from harness.plugin.inputs import machine_record, save_machine
 from harness.plugin.shard import part_of
@@ -105,34 +107,6 @@ def prepare_run(
     rerun = rerun_of(settings, task) + options
     settings, choice = settled(settings)
     note(f"Target {choice.target}: {choice.reason}")
-    _prepare(
-        settings,
-        run_dir,
-        select=select,
-        repeat=repeat,
-        shard=shard,
-        left_out=left_out,
-        chosen=choice.reason,
-        rerun=rerun,
-    )
-    return settings, run_dir
-
-
-def _prepare(
-    settings: Settings,
-    run_dir: Path,
-    *,
-    select: str,
-    repeat: int,
-    shard: str,
-    left_out: str,
-    chosen: str,
-    rerun: str,
-) -> None:
-    """Build, make the target ready, and leave in the run's directory what workers need."""
-    from harness.build.builds import build_all
-    from harness.hosts import target_for
-
     start = time.monotonic()
     target = target_for(settings)
     builds = build_all(settings)
@@ -147,7 +121,7 @@ def _prepare(
         release=machine.kernel_release,
         under_test=machine.kernel_series,
         target=settings.target,
-        chosen=chosen,
+        chosen=choice.reason,
         workers=settings.workers,
         select=select,
         repeat=repeat,
@@ -158,6 +132,7 @@ def _prepare(
     )
     with writing(run_dir):
         save_machine(run_dir, machine)
+    return settings, run_dir
 
 
 def run_suite(run_dir: Path, arguments: list[str], *, root: Path = paths.ROOT) -> int:

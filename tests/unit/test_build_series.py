@@ -23,6 +23,12 @@ def _unpack(src: Path) -> None:
     (src / "untouched.c").write_text("never\n")
 
 
+def _unpack_part(src: Path) -> None:
+    _unpack(src)
+    (src / "b.c").unlink()
+    (src / "untouched.c").unlink()
+
+
 def _patch(directory: Path, name: str, changes: dict[str, tuple[str, str]]) -> Path:
     """A patch file that turns each (old, new) pair's first text into its second."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,6 +89,18 @@ def test_the_lines_that_a_patch_adds(tmp_path: Path) -> None:
 def test_a_series_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no directory"):
         load_series(tmp_path / "none")
+
+
+def test_a_tree_of_a_part(tmp_path: Path) -> None:
+    part = SourceTree(tmp_path / "part", kind="kernel", base="linux", only=("sub/*",))
+    mine = tmp_path / "mine"
+    _patch(mine, "1.patch", {"b.c": ("other\n", "new\n")})
+    _patch(mine, "2.patch", {"sub/a.c": ("".join(_LINES), _changed(20)), "b.c": ("new\n", "2\n")})
+    with part.locked():
+        part.prepare(_unpack_part)
+        part.switch(load_series(mine))
+    assert (part.src / "sub/a.c").read_text() == _changed(20)
+    assert not (part.src / "b.c").exists()
 
 
 def test_switching_touches_only_what_differs(tmp_path: Path, tree: SourceTree) -> None:

@@ -67,6 +67,26 @@ def test_a_tarball_is_a_base(tree: Path, tmp_path: Path) -> None:
     assert _unpacked(source, tmp_path / "src") == "two\n"
 
 
+def test_a_part_of_a_source(tree: Path, tmp_path: Path) -> None:
+    for name in ("Kconfig", "Makefile", "net/Kconfig.debug", "net/scripts/x.c", "scripts/a/b.sh"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tree)]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "more"], check=True)
+    tarball = tmp_path / "linux-6.13.2.tar.xz"
+    with tarfile.open(tarball, "w:xz") as archive:
+        archive.add(tree, "linux-6.13.2", filter=lambda one: None if ".git" in one.name else one)
+    wanted = ("Makefile", "*Kconfig*", "scripts/*")
+    for number, base in enumerate((Path(f"{tree}:main"), tarball)):
+        into = tmp_path / f"part{number}"
+        with step("unpack") as progress:
+            source = named_source("linux", base)
+            unpack(source, into, only=wanted, log=tmp_path / "log", progress=progress)
+        files = {str(path.relative_to(into)) for path in into.rglob("*") if path.is_file()}
+        assert files == {"Kconfig", "Makefile", "net/Kconfig.debug", "scripts/a/b.sh"}
+
+
 def test_what_is_no_base(tree: Path, tmp_path: Path) -> None:
     for base, complaint in (
         (tmp_path / "none", "there is no base"),
