@@ -390,10 +390,16 @@ class Shell:
     def put(self, path: str, data: bytes, *, mode: int = 0o644, timeout_s: float = 60.0) -> None:
         """Write a file; the directory must exist.
 
+        A program of that name may be running: it goes on as it was.
+
         :raises InfraError: it cannot be written, or the connection failed.
         """
-        there = shlex.quote(path)
-        self.run(f"cat >{there} && chmod {mode:o} {there}", input=data, timeout_s=timeout_s)
+        there, new = shlex.quote(path), shlex.quote(f"{path}.new")
+        self.run(
+            f"cat >{new} && chmod {mode:o} {new} && mv -f {new} {there}",
+            input=data,
+            timeout_s=timeout_s,
+        )
 
 
 class GuestShell(Shell):

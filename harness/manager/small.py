@@ -206,23 +206,31 @@ class SmallManager:
     def reset(self, *, timeout_s: float = RESET_TIMEOUT_S) -> None:
         """End and close everything that was made here, whatever state it is in.
 
-        :raises ConformanceError: a vCPU thread does not come out of the kernel although
-            its VM was unhooked, its socket shut down and the thread signalled.
+        :raises ConformanceError: UNHOOK does not return although the socket is shut down, or
+            a vCPU thread stays in the kernel although its VM was unhooked and it was signalled,
+            or a descriptor cannot be closed.
         """
+        # Where nothing unhooks, sessions end with their sockets, which are shut down.
+        ends = self.profile.has("ioctl UNHOOK")
+        unhook = self.profile.ioctl("UNHOOK").request if ends else None
+        timeout_s *= self.host.patience
         try:
-            # Where nothing unhooks, sessions end with their sockets, which are shut down.
-            ends = self.profile.has("ioctl UNHOOK")
-            unhook = self.profile.ioctl("UNHOOK").request if ends else None
             stuck = self.link.call("reset", timeout_s=timeout_s, unhook=unhook)
         except DeadlineError as error:
             raise ConformanceError(
-                "the device manager does not come out of UNHOOK, though its sockets are shut down",
+                "the device manager cannot close what it has, though its sockets are shut down",
                 details=error.details,
             ) from error
-        if stuck:
+        if stuck["hooked"]:
             raise ConformanceError(
-                f"vCPU threads of {', '.join(stuck)} stay in KVM_RUN {timeout_s:.0f} s after "
-                "unhook, shutdown of the socket and a signal",
+                f"UNHOOK of {', '.join(stuck['hooked'])} does not return {timeout_s:.0f} s after "
+                "shutdown of the socket",
+                details=stacks_in_kvm(self.host),
+            )
+        if stuck["running"]:
+            raise ConformanceError(
+                f"vCPU threads of {', '.join(stuck['running'])} stay in KVM_RUN {timeout_s:.0f} s "
+                "after unhook, shutdown of the socket and a signal",
                 details=stacks_in_kvm(self.host),
             )
 

@@ -30,6 +30,7 @@ __all__ = [
     "ends_dead",
     "event_size",
     "gone",
+    "known_commands",
     "near_misses",
     "next_event_of",
     "reply_size",
@@ -144,6 +145,13 @@ def _errors(
     """By name (v12's): what a query for it answers."""
     pending = {one.common: session.send(query, id=one.id) for one in known.values()}
     return {name: one.reply(10).error for name, one in pending.items()}
+
+
+def known_commands(session: Session, profile: Profile) -> set[str]:
+    """Names of the commands that this kernel does not call unknown when it gets one."""
+    asked = {one.common: session.send_raw(one.id) for one in profile.commands.values()}
+    errors = {name: session.reply_to(seq).error for name, seq in asked.items()}
+    return {name for name, error in errors.items() if error != profile.unknown_command}
 
 
 def supported_commands(session: Session, profile: Profile) -> set[str]:

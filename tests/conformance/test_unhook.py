@@ -184,7 +184,9 @@ class _Life:
 
 def _live(manager: SmallManager, life: _Life, *, times: int = CYCLES) -> None:
     """Repeat a life, and check that the last one was what it is meant to be."""
-    answers = manager.link.call("batch", requests=life.requests, repeat=times, timeout_s=120)
+    answers = manager.link.call(
+        "batch", requests=life.requests, repeat=times, timeout_s=5 + 2 * times
+    )
     for request, answer, expected in zip(life.requests, answers, life.results, strict=True):
         if request["op"] == "ioctl":
             assert errno_name(answer["errno"]) == expected

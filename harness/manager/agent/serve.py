@@ -27,20 +27,28 @@ class Agent(DescriptorRequests):
             answers = [self.perform(item) for item in request["requests"]]
         return answers
 
-    def op_reset(self, request: Request) -> list[str]:
-        """Close everything; answer the VMs that could not be ended.
+    def op_reset(self, request: Request) -> dict[str, list[str]]:
+        """Close everything; answer the VMs that could not be unhooked, and not be ended.
 
         Sockets are shut down first: whatever a test left waiting in the kernel for its
         tool wakes up then, also while introspection is switched off.
         """
         for name in list(self.files):
             self.op_shutdown({"name": name})
-        stuck = []
+        stuck: dict[str, list[str]] = {"hooked": [], "running": []}
         for name, vm in list(self.vms.items()):
             if request["unhook"] is not None:
-                ioctl(vm.fd, request["unhook"])
+                # A thread of its own: in the kernel, nothing but the kernel ends it.
+                unhooks = threading.Thread(
+                    target=ioctl, args=(vm.fd, request["unhook"]), daemon=True
+                )
+                unhooks.start()
+                unhooks.join(request["limit_s"])
+                if unhooks.is_alive():
+                    stuck["hooked"].append(name)
+                    continue
             if self.op_close_vm({"vm": name, "limit_s": request["limit_s"]}):
-                stuck.append(name)
+                stuck["running"].append(name)
         for name in list(self.files):
             self.op_close({"name": name})
         return stuck
