@@ -57,7 +57,7 @@ def bench_compare(
     target: str | None = None,
     flavour: str | None = None,
     reports: str | None = None,
-    rounds: int = 12,
+    rounds: int = 30,
     samples: int = 200,
     vcpus: int = 1,
     apart: bool = False,

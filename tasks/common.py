@@ -35,7 +35,8 @@ _OPTIONS = {
     "abi": "version of the interface: v12, v7, v6 (default: what the series is described to speak)",
     "description": "what the series speaks: a TOML file, or v12, v7, v6 (default: its series.toml)",
     "reports": "directory of the reports",
-    "select": "only these clauses (patterns), tests, or pytest's -k expression; of fuzz: a case",
+    "select": "only these clauses (patterns), tests, or pytest's -k expression; of fuzz: a case; "
+    "of mutants and revisions: their names (patterns)",
     "messages": "so many messages, at least",
     "sequences": "so many sequences of ioctls, at least",
     "repeat": "run each test so many times, until one is not good",

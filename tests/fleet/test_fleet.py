@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Nights on three emulated machines; on request: ``pytest tests/fleet`` (about five minutes).
+"""Nights on three emulated machines; on request: ``pytest tests/fleet`` (a quarter of an hour).
 
 Two machines run the kernel under test, the third a kernel without introspection, which starts
 the kernel under test by kexec. The first night is killed in the middle; the second loses a
