@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -138,6 +139,72 @@ def test_migrated_against_the_tools_will(stage: Stage, timeline: Timeline) -> No
         session.close()
         guest.quit()
         other.quit()
+
+
+_DIFFERENT_PAGES = """\
+import sys
+with open(sys.argv[1], "rb") as one, open(sys.argv[2], "rb") as other:
+    clock_page, clock = divmod(int(sys.argv[4]), 4096)
+    for page in range(int(sys.argv[3])):
+        here, there = bytearray(one.read(4096)), bytearray(other.read(4096))
+        if page == clock_page:
+            here[clock:clock + 12] = there[clock:clock + 12] = bytes(12)
+        if here != there:
+            at = [n for n in range(4096) if here[n] != there[n]]
+            both = here[at[0]:at[-1] + 1].hex(), there[at[0]:at[-1] + 1].hex()
+            print(f"{page + 256:#x}+{at[0]:#x}:", *(one[:64] for one in both))
+"""
+
+#: Processes come and go, on all CPUs: the guest changes its page tables all the time.
+_BUSY = "for cpu in 1 2; do (while :; do (true); done) >/dev/null 2>&1 & done"
+
+#: MSR_KVM_WALL_CLOCK_NEW: where the guest has 12 bytes that KVM writes when a guest is received
+#: (Documentation/virt/kvm/x86/msr.rst).
+_WALL_CLOCK = 0x4B564D00
+
+
+def different_pages(
+    stage: Stage, guest: QemuGuest, other: QemuGuest, *, wall_clock: int
+) -> list[str]:
+    """The pages above 1 MiB that two paused guests do not have in common, and what they hold.
+
+    :param wall_clock: the guest physical address of the 12 bytes that may differ.
+    """
+    size = (guest.memory_mb - 1) << 20
+    files = [f"/run/kvmi-guests/{one.label}/memory" for one in (guest, other)]
+    for one, file in zip((guest, other), files, strict=True):
+        one.qmp("pmemsave", val=1 << 20, size=size, filename=file, timeout_s=20)
+    numbers = str(size >> 12), str(wall_clock - (1 << 20))
+    compare = shlex.join(["python3", "-c", _DIFFERENT_PAGES, *files, *numbers])
+    return stage.host.run(compare, timeout_s=30).text.splitlines()
+
+
+@pytest.mark.lifecycle
+@pytest.mark.clause("LIFE-MIGRATE-BEFORE", "PREUNHOOK-SENDS")
+def test_memory_arrives(stage: Stage) -> None:
+    """All that a busy guest writes while it moves arrives, though it was watched until then."""
+    tool, other_tool = stage.tool("tool-source"), stage.tool("tool-receiver")
+    guest = stage.linux(tool, cpus=2)
+    _, session = tool.hook()
+    shell = guest.wait_booted()
+    stage.watch(session, vcpus=guest.cpus)
+    shell.run(_BUSY)
+    stage.exchange(shell, calls=3, traps=3)
+    msrs = session.command("VCPU_GET_REGISTERS", vcpu=0, msrs_idx=[_WALL_CLOCK]).ok()
+    other = receiver(stage, guest, other_tool, paused=True)
+    guest.migrate(CHANNEL)
+    session.next_event("UNHOOK", timeout_s=5)
+    stage.unwatch(session, vcpus=guest.cpus)
+    session.close()
+    guest.wait_migration("completed")
+    other.wait_status("paused")
+    wall_clock = int.from_bytes(msrs.raw[-8:], "little")
+    different = different_pages(stage, guest, other, wall_clock=wall_clock)
+    assert not different, f"{len(different)} pages: {'; '.join(different[:20])}"
+    other.qmp("cont")
+    _, session = other_tool.hook()
+    stage.watch(session, vcpus=other.cpus)
+    stage.exchange(other.wait_booted(), calls=3, traps=3)
 
 
 @pytest.mark.clause("QEMU-TOOEARLY")
