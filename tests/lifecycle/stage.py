@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.abi import Profile
 from harness.counters import Counters, SlotWriter
-from harness.errors import ConformanceError, SilenceError
+from harness.errors import ConformanceError, SessionClosed, SilenceError
 from harness.hosts import Host
 from harness.hosts.ssh import GuestShell
 from harness.manager.describe import describe_session
@@ -218,6 +218,23 @@ class Tool:
             interval_s=0.05,
         )
         return hello, session
+
+    def hook_restarted(self, guest: QemuGuest, *, timeout_s: float = 30.0) -> tuple[Hello, Session]:
+        """Hook a guest with an operating system that is about to restart for the first time.
+
+        The firmware, SeaBIOS, finds itself as the operating system left it and resets the machine
+        again. QEMU may connect between the two resets, which is over at once.
+        """
+
+        def resets() -> int:
+            return sum(one["event"] == "RESET" for one in guest.link.events())
+
+        wait_until(
+            "the firmware resets the machine again", lambda: resets() > 1, timeout_s=timeout_s
+        )
+        with contextlib.suppress(SessionClosed, ConnectionError):
+            return self.hook()
+        return self.hook()
 
     def greeted(self, sock: socket.socket) -> Session:
         """After an answer by hand: the kernel has the connection and speaks on it."""

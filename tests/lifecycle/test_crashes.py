@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 
-from harness.errors import SessionClosed
 from harness.plugin.timeline import Timeline
 
 from .footprint import footprint, wait_for_footprint
@@ -47,12 +44,8 @@ def test_end_while_an_event_waits(stage: Stage, timeline: Timeline, end: str) ->
         fate.close()
         call.close()
     with timeline.step("the guest boots again, and is watched again"):
-        # A firmware that finds traces of an earlier run may reset the machine once more.
-        with contextlib.suppress(SessionClosed):
-            again, session = tool.hook()
+        again, session = tool.hook_restarted(guest)
         shell = guest.wait_booted()
-        if session.closed:
-            again, session = tool.hook()
         assert again.start_time > hello.start_time
         stage.watch(session, vcpus=2)
         stage.exchange(shell, calls=5)
@@ -80,7 +73,7 @@ def test_guest_restarts_itself(stage: Stage, timeline: Timeline) -> None:
         restart.close()
         assert session.count("UNHOOK") == 0
     with timeline.step("the guest is watched from its first instruction on"):
-        again, session = tool.hook()
+        again, session = tool.hook_restarted(guest)
         assert again.start_time > hello.start_time
         assert again.uuid == hello.uuid
         shell = guest.wait_booted()
