@@ -109,7 +109,7 @@ BOCHS_PACKAGES = (
     # Which of its displays is installed does not matter: the one we use is in bochs itself.
     Package("bochs", "bochs-bin", "emulates hosts of target bochs"),
     Package("bochsbios", "/usr/share/bochs/BIOS-bochs-latest", "firmware of target bochs"),
-    Package("vgabios", "/usr/share/bochs/VGABIOS-lgpl-latest", "firmware of target bochs"),
+    Package("vgabios", "/usr/share/vgabios/vgabios.bin", "firmware of target bochs"),
 )
 """What target ``bochs`` needs beside the others."""
 

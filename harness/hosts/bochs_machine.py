@@ -22,7 +22,7 @@ from harness.hosts.ssh import Keys, login
 __all__ = ["BochsMachine", "BochsProgram", "Place", "find_program"]
 
 _FIRMWARE = Path("/usr/share/bochs/BIOS-bochs-latest")
-_VIDEO_FIRMWARE = Path("/usr/share/bochs/VGABIOS-lgpl-latest")
+_VIDEO_FIRMWARE = Path("/usr/share/vgabios/vgabios.bin")
 
 # How long Bochs may take until it forwards the port: it does so before its first instruction.
 _START_TIMEOUT_S = 30.0
