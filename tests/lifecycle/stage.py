@@ -305,6 +305,7 @@ class Stage:
             transcript=self.transcript,
             counters_slot=self.slot,
             name=name,
+            patience=self.host.patience,
         )
         self._open.callback(session.close)
         self._sessions.append(session)

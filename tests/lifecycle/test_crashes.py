@@ -33,15 +33,14 @@ def test_end_while_an_event_waits(stage: Stage, timeline: Timeline, end: str) ->
         stage.exchange(shell, calls=3)
     with timeline.step(f"vCPU 0 is held in an event; vCPU 1 causes a {end}"):
         doom = f"taskset 2 sh -c 'sleep 2; echo {ENDS[end]} >/proc/sysrq-trigger'"
-        fate = Background(shell, doom)
         session.handle(HYPERCALL, None)
-        call = Background(shell, "taskset 1 kvmi-guest hypercall 1")
+        # In one command: a second one would have to log in first, which may take the doom's time.
+        call = Background(shell, f"{doom} & taskset 1 kvmi-guest hypercall 1")
         event = session.next_event(HYPERCALL, timeout_s=5)
         assert event.vcpu == 0
         reset = guest.link.event("RESET", timeout_s=30, where=lambda data: bool(data.get("guest")))
         assert reset["data"]["reason"] in {"guest-reset", "guest-panic"}
         session.expect_close(timeout_s=10)
-        fate.close()
         call.close()
     with timeline.step("the guest boots again, and is watched again"):
         again, session = tool.hook_restarted(guest)

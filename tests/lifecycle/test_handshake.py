@@ -16,7 +16,7 @@ import pytest
 from harness.errors import SilenceError
 from harness.tool import key_hash
 
-from .stage import Stage, ended, wait_until
+from .stage import RECONNECT_MS, Stage, ended, wait_until
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -190,14 +190,12 @@ def test_short_answer(stage: Stage, size: int) -> None:
     beginning of an answer that never becomes complete.
     """
     tool = stage.tool()
-    stage.idle(tool, handshake_timeout_s=2)
+    # An answer that is complete is refused at once: nothing else ends it in time.
+    stage.idle(tool, handshake_timeout_s=2 if size < 4 else 60)
     tool.hello()[0].close()
     sock, _ = tool.hello()
-    began = time.monotonic()
     sock.sendall(ANSWER.pack(size, bytes(20))[: max(size, 4)])
     assert ended(sock, timeout_s=7), f"QEMU took an answer of {size} bytes"
-    if size >= 4:
-        assert time.monotonic() - began < 1.5, "QEMU waited for more of a complete answer"
     tool.hook()
 
 
@@ -210,15 +208,17 @@ def test_short_answer(stage: Stage, size: int) -> None:
 def test_handshake_timeout(stage: Stage, part: bytes) -> None:
     """A tool that does not complete its answer is dropped after handshake_timeout; QEMU retries."""
     tool = stage.tool()
-    stage.idle(tool, handshake_timeout_s=1)
+    stage.idle(tool, handshake_timeout_s=2)
     # Nobody knows when QEMU sent its first record: it may have waited for us since.
-    tool.hello()[0].close()
+    first, _ = tool.hello()
+    left = time.monotonic()
+    first.close()
     sock, _ = tool.hello()
-    began = time.monotonic()
     sock.sendall(part)
     assert ended(sock, timeout_s=6), "QEMU still waits for an answer"
-    waited_s = time.monotonic() - began
-    assert waited_s > 0.7, f"QEMU waited only {waited_s:.2f} s"
+    # It came back after its reconnect time and waited from then on, however late we saw that.
+    waited_s = time.monotonic() - left - RECONNECT_MS / 1000
+    assert waited_s > 1.9, f"QEMU waited only {waited_s:.2f} s"
     tool.hook()
 
 

@@ -73,7 +73,7 @@ def test_migrated_with_the_tools_consent(stage: Stage, timeline: Timeline) -> No
         stage.unwatch(session, vcpus=guest.cpus)
         session.close()
         guest.wait_migration("completed")
-        assert guest.status() == "postmigrate"
+        guest.wait_status("postmigrate")
         other.wait_status("running")
     with timeline.step("the receiving QEMU connects and shows the same start time"):
         there, session = other_tool.hook()

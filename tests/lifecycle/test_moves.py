@@ -95,7 +95,6 @@ def test_tried_again(stage: Stage, timeline: Timeline) -> None:
         guest.migrate(CHANNEL)
         let_go(stage, guest, session)
         guest.wait_migration("completed")
-        other.wait_booted()
         come_back(stage, other_tool, other)
         after = ticks(other.shell())
         assert after.wrong == 0
@@ -123,7 +122,7 @@ def test_saved_to_a_file_and_continued(stage: Stage, timeline: Timeline) -> None
     with timeline.step("migrate to a file"):
         guest.migrate(CHECKPOINT)
         guest.wait_migration("completed")
-        assert guest.status() == "postmigrate"
+        guest.wait_status("postmigrate")
         assert tool.silent(), "QEMU connected although the machine is paused"
     with timeline.step("cont: the guest goes on, and the tool is back"):
         guest.qmp("cont")

@@ -125,7 +125,10 @@ def test_panic_while_a_vcpu_is_held(stage: Stage) -> None:
     guest.qmp("human-monitor-command", command_line="o /b 0x505 1", timeout_s=10)
     guest.wait_status("guest-panicked", timeout_s=5)
     session.expect_close(timeout_s=5)
+    # Nobody asked QEMU to stop the machine, so it comes back at once; the reset is to end that.
+    _, session = tool.hook()
     guest.qmp("system_reset")
+    session.expect_close(timeout_s=5)
     guest.qmp("cont")
     tool.hook()
 
