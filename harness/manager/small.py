@@ -79,9 +79,12 @@ class SmallManager:
         names: list[str] = self.link.call("list", path=path)
         return names
 
-    def threads(self, prefix: str) -> list[str]:
-        """List the host's processes and kernel threads by beginning of name, "PID NAME"."""
-        found: list[str] = self.link.call("threads", prefix=prefix)
+    def threads(self, prefix: str, *, kernel: bool = False) -> list[str]:
+        """List the host's processes and kernel threads by beginning of name, "PID NAME".
+
+        :param kernel: kernel threads only.
+        """
+        found: list[str] = self.link.call("threads", prefix=prefix, kernel=kernel)
         return found
 
     def introspection(self, on: bool) -> None:

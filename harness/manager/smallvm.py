@@ -97,6 +97,10 @@ class SmallVm:
     def _call(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> Any:
         return self.manager.link.call(op, timeout_s=timeout_s, vm=self.name, **fields)
 
+    def _wait(self, op: str, *, timeout_s: float, **fields: Any) -> Any:
+        """A wait that only a failure lets run out: longer where the host is slow."""
+        return self._call(op, timeout_s=timeout_s * self.manager.host.patience, **fields)
+
     # -- running
 
     def run(self, *vcpus: int, interrupt_window: bool = False) -> None:
@@ -114,7 +118,7 @@ class SmallVm:
 
         :raises ConformanceError: it does not come.
         """
-        found = self._call("stop", vcpu=vcpu, timeout_s=timeout_s)
+        found = self._wait("stop", vcpu=vcpu, timeout_s=timeout_s)
         if found is None:
             raise ConformanceError(
                 f"vCPU {vcpu} stays in KVM_RUN {timeout_s:.0f} s after a signal",
@@ -131,7 +135,7 @@ class SmallVm:
 
         :raises SilenceError: it did not in time.
         """
-        found = self._call("wait_exit", vcpu=vcpu, timeout_s=timeout_s)
+        found = self._wait("wait_exit", vcpu=vcpu, timeout_s=timeout_s)
         if found is None:
             raise SilenceError(f"vCPU {vcpu} is still in KVM_RUN after {timeout_s:g} s")
         return _exit(found)
@@ -146,7 +150,7 @@ class SmallVm:
 
         :raises ConformanceError: a thread stays in the kernel.
         """
-        stuck = self._call("close_vm", timeout_s=timeout_s)
+        stuck = self._wait("close_vm", timeout_s=timeout_s)
         if stuck:
             raise ConformanceError(
                 f"vCPUs {stuck} stay in KVM_RUN {timeout_s:.0f} s after a signal",
@@ -246,7 +250,8 @@ class SmallVm:
         box = mailbox(vcpu)
         return [
             {"op": "wait_u64", "vm": self.name, "gpa": box + MAILBOX_WORDS["done"],
-             "compare": "eq", "value_at": box + MAILBOX_WORDS["want"], "limit_s": timeout_s},
+             "compare": "eq", "value_at": box + MAILBOX_WORDS["want"],
+             "limit_s": timeout_s * self.manager.host.patience},
             {"op": "read", "vm": self.name, "gpa": box, "size": MAILBOX_STEP},
         ]  # fmt: skip
 
@@ -274,7 +279,8 @@ class SmallVm:
 
         :raises SilenceError: the guest did not get there in time.
         """
-        found = self.poll_word(name, value, compare=compare, vcpu=vcpu, timeout_s=timeout_s)
+        limit_s = timeout_s * self.manager.host.patience
+        found = self.poll_word(name, value, compare=compare, vcpu=vcpu, timeout_s=limit_s)
         if found is None:
             raise SilenceError(
                 f"vCPU {vcpu}: the guest's word '{name}' is {self.word(name, vcpu=vcpu)}, "
@@ -297,7 +303,7 @@ class SmallVm:
 
         :raises SilenceError: it does not.
         """
-        answer = self._call(
+        answer = self._wait(
             "wait_u64", gpa=mailbox(vcpu) + MAILBOX_WORDS["ticks"], compare="ge", value=rounds,
             relative=True, timeout_s=timeout_s,
         )  # fmt: skip

@@ -247,5 +247,5 @@ def gone(vm: SmallVm) -> str:
 
 def ends_dead(manager: SmallManager, vm: SmallVm) -> None:
     """Check that the device manager sees the end of a session on its socket."""
-    if "HUP" not in manager.poll(vm.socket, "HUP", within_s=HUP_S):
+    if "HUP" not in manager.poll(vm.socket, "HUP", within_s=HUP_S * manager.host.patience):
         raise ConformanceError(f"the hooked socket shows no hang-up after {HUP_S:g} s")

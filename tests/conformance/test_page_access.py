@@ -397,12 +397,13 @@ def test_lifted_at_the_end(lab: Lab, how: str, cleanup: int) -> None:
     if how == "unhook in an event":
         assert vm.unhook() == "OK"
     else:
+        if how == "unhook":
+            Trace(session)  # there may be a second access, and an event of it
         session.answer(event)
         if how == "close":
             session.close()
             ends_dead(lab.manager, vm)
         else:
-            Trace(session)
             vm.finish()
             assert vm.unhook() == "OK"
     vm.finish()

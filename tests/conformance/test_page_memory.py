@@ -62,7 +62,7 @@ def _write(vm: SmallVm, trace: Trace, *gpas: int) -> list[int]:
 
 def _become(vm: SmallVm, huge: int, *, base: int = BASE) -> None:
     """Wait until so many huge pages are mapped, accessing memory meanwhile."""
-    deadline = time.monotonic() + JOINED_S
+    deadline = time.monotonic() + JOINED_S * vm.manager.host.patience
     while (found := vm.statistic("pages_2m")) != huge:
         assert time.monotonic() < deadline, f"{found} huge pages are mapped, not {huge}"
         _touch(vm, base)

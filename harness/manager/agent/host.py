@@ -43,7 +43,7 @@ class HostRequests:
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
 
     def op_threads(self, request: Request) -> list[str]:
-        """Name the processes and kernel threads whose name starts with ``prefix``."""
+        """Name the processes and kernel threads, or only these, whose name starts so."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -52,6 +52,9 @@ class HostRequests:
                 continue
             head, _, rest = text.rpartition(") ")  # the name may hold parentheses itself
             name, ended = head.partition("(")[2], rest[0] in "ZX"
+            # PF_KTHREAD, include/linux/sched.h; "flags" is the seventh field from here.
+            if request.get("kernel") and not int(rest.split()[6]) & 0x20_0000:
+                continue
             if name.startswith(request["prefix"]) and not ended:
                 found.append(f"{stat.parent.name} {name}")
         return found
