@@ -24,6 +24,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <linux/vm_sockets.h>
 #include <time.h>
 #include <unistd.h>
@@ -145,11 +146,15 @@ static int do_breakpoint(uint64_t asked)
 #define COUNTER_FILE	"/run/counter"
 #define SLOTS		(16 * PAGE_SIZE / sizeof(uint64_t))
 
+/*
+ * Ask the kernel: the vDSO reads the clock that KVM keeps for vCPU 0, which is not set yet when
+ * another vCPU is the first to run after the machine was stopped.
+ */
 static uint64_t now_us(void)
 {
 	struct timespec now;
 
-	if (clock_gettime(CLOCK_MONOTONIC, &now))
+	if (syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now))
 		die("clock_gettime");
 	return now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
 }
