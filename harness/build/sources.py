@@ -220,9 +220,14 @@ def unpack(
     progress.update(doing=source.main_file.name)
     into.mkdir()
     _unpack_kernel(source, into, only=only, log=log)
+    if only:
+        _keep_only(only, into)
+
+
+def _keep_only(only: Sequence[str], into: Path) -> None:
+    """Remove what tar unpacked because it takes a pattern for the end of a path, too."""
     for path in (Path(top, name) for top, _, names in os.walk(into) for name in names):
-        # tar takes a pattern for the end of a path, too.
-        if only and not any(fnmatchcase(str(path.relative_to(into)), one) for one in only):
+        if not any(fnmatchcase(str(path.relative_to(into)), one) for one in only):
             path.unlink()
 
 
