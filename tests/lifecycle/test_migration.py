@@ -12,6 +12,7 @@ import pytest
 from harness.errors import SilenceError
 from harness.manager.qemu import QemuGuest
 from harness.plugin.timeline import Timeline
+from harness.tool import Session
 
 from .inguest import start_ticking, ticks
 from .stage import Stage, Tool
@@ -33,6 +34,13 @@ def receiver(
         tool, label=f"receiver{suffix}", uuid=guest.uuid, incoming=channel,
         cpus=guest.cpus, **options,
     )  # fmt: skip
+
+
+def let_go(stage: Stage, guest: QemuGuest, session: Session) -> None:
+    """The tool is told that the guest leaves, undoes its changes and closes."""
+    session.next_event("UNHOOK", timeout_s=5)
+    stage.unwatch(session, vcpus=guest.cpus)
+    session.close()
 
 
 @pytest.mark.lifecycle
@@ -193,9 +201,7 @@ def test_memory_arrives(stage: Stage) -> None:
     msrs = session.command("VCPU_GET_REGISTERS", vcpu=0, msrs_idx=[_WALL_CLOCK]).ok()
     other = receiver(stage, guest, other_tool, paused=True)
     guest.migrate(CHANNEL)
-    session.next_event("UNHOOK", timeout_s=5)
-    stage.unwatch(session, vcpus=guest.cpus)
-    session.close()
+    let_go(stage, guest, session)
     guest.wait_migration("completed")
     other.wait_status("paused")
     wall_clock = int.from_bytes(msrs.raw[-8:], "little")

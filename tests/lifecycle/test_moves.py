@@ -14,17 +14,10 @@ from harness.tool import Session
 from .inguest import Background, LastingPage, start_ticking, ticks
 from .kerneltext import TRIGGER, KernelBreakpoint
 from .stage import BREAKPOINT, Stage, Tool, next_port
-from .test_migration import CHANNEL, receiver
+from .test_migration import CHANNEL, let_go, receiver
 from .ways import Road
 
 CHECKPOINT = "file:/run/kvmi-checkpoint"
-
-
-def let_go(stage: Stage, guest: QemuGuest, session: Session) -> None:
-    """The tool is told that the guest leaves, undoes its changes and closes."""
-    session.next_event("UNHOOK", timeout_s=5)
-    stage.unwatch(session, vcpus=guest.cpus)
-    session.close()
 
 
 def come_back(stage: Stage, tool: Tool, guest: QemuGuest) -> Session:
