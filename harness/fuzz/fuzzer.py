@@ -45,6 +45,11 @@ class Figures:
     """vCPUs that had gone astray and were started again."""
     seconds: float = 0.0
 
+    @property
+    def lives(self) -> int:
+        """So many guests came and went."""
+        return self.sessions or self.cases
+
 
 class Fuzzer:
     """Runs cases on a host, whose kernel it asks what it can do."""
@@ -85,10 +90,16 @@ class Fuzzer:
         :raises ConformanceError: the kernel broke a promise, does not come back, or died; the
             message names the case, and the details tell it.
         """
+        start = time.monotonic()
+        figures = self._play(batch, seed)
+        self._given_back(figures, again=lambda: self._play(batch, seed))
+        figures.seconds = round(time.monotonic() - start, 3)
+        return figures
+
+    def _play(self, batch: Batch, seed: str) -> Figures:
         make = self._maker(batch, seed)
         numbers = range(batch.first, batch.first + batch.count)
         figures = Figures(str(batch))
-        start = time.monotonic()
         faults: list[str] = []
         try:
             cases = ((number, make(number)) for number in numbers)
@@ -104,8 +115,7 @@ class Fuzzer:
                 error.hint = "; ".join(filter(None, (error.hint, f"run {_repeat(some, seed)}")))
                 error.details += self._suspects(batch)
             raise
-        self._given_back(figures)
-        figures.seconds = round(time.monotonic() - start, 3)
+        self._forget()
         return figures
 
     def _maker(self, batch: Batch, seed: str) -> Callable[[int], Sequence[Op]]:
@@ -131,13 +141,18 @@ class Fuzzer:
             for number, ops in self.executor.under_way
         )
 
-    def _given_back(self, figures: Figures) -> None:
+    def _given_back(self, figures: Figures, *, again: Callable[[], Figures]) -> None:
         """See to it that what the sessions so far took was given back."""
-        self._sessions += figures.sessions or figures.cases
-        self._forget()
-        wait_until_given_back(
-            self._host, self._base, pid=self.executor.pid, sessions=self._sessions
+        self._sessions += figures.lives
+        base = wait_until_given_back(
+            self._host,
+            self._base,
+            pid=self.executor.pid,
+            sessions=self._sessions,
+            again=lambda: again().lives,
         )
+        if base is not self._base:
+            self._base, self._sessions = base, 0
 
     def _forget(self) -> None:
         """Close the virtual machines that wait for their next case."""

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from harness.abi import Codec, Profile, load_profile
-from harness.errors import UsageError
+from harness.errors import ConformanceError, UsageError
 from harness.fuzz.calls import Call, CallCases
 from harness.fuzz.expect import Closes, Permissions, Rules, Sent
-from harness.fuzz.holdings import Holdings
+from harness.fuzz.holdings import Holdings, wait_until_given_back
 from harness.fuzz.judge import judge
 from harness.fuzz.messages import MessageCases, Session
 from harness.fuzz.plan import Batch, Plan, load_plan, save_plan
@@ -32,6 +33,7 @@ from harness.fuzz.wire import (
     encode_cases,
     read_outcomes,
 )
+from harness.hosts import Host
 
 
 @pytest.fixture(scope="module")
@@ -285,5 +287,43 @@ def test_what_is_not_given_back_is_noticed() -> None:
     base = Holdings({"machines": 0, "kvm_vcpu": 2, "kmalloc-64": 1000})
     few = Holdings({"machines": 0, "kvm_vcpu": 2, "kmalloc-64": 1050})
     many = Holdings({"machines": 1, "kvm_vcpu": 2, "kmalloc-64": 2000})
-    assert few.excess(base, sessions=50) == []
-    assert many.excess(base, sessions=900) == ["machines: 0 -> 1", "kmalloc-64: 1000 -> 2000"]
+    assert few.above(base.limits(sessions=50)) == []
+    assert many.above(base.limits(sessions=900)) == ["machines", "kmalloc-64"]
+
+
+class _Holder:
+    """A host whose kernel holds one more number after each look of the list it is given."""
+
+    name = "one"
+    patience = 0.0
+
+    def __init__(self, name: str, *counts: int) -> None:
+        self._lines = [f"{name} {count}\n" for count in counts]
+
+    def run(self, command: str, **_options: object) -> SimpleNamespace:
+        if "kmemleak" in command:
+            return SimpleNamespace(returncode=1, text="")
+        return SimpleNamespace(returncode=0, text=self._lines.pop(0))
+
+    def check(self) -> None: ...
+
+
+def _given_back(name: str, *counts: int) -> Holdings:
+    host = cast(Host, _Holder(name, *counts))
+    base = Holdings({name: 336})
+    return wait_until_given_back(host, base, pid=1, sessions=60, again=lambda: 60)
+
+
+def test_what_the_kernel_keeps_once_is_no_loss() -> None:
+    """What a cache of everybody has grown by has to come again with the same sessions."""
+    assert _given_back("kmalloc-96", 400).counts == {"kmalloc-96": 336}
+    assert _given_back("kmalloc-96", 464, 470).counts == {"kmalloc-96": 470}
+    assert _given_back("kmalloc-96", 464, 592, 600).counts == {"kmalloc-96": 600}
+
+
+def test_what_is_lost_again_and_again_is_a_loss() -> None:
+    """Such growth is reported with its course, and one machine too many at once."""
+    with pytest.raises(ConformanceError, match="kmalloc-96: 336 -> 464 -> 592 -> 700"):
+        _given_back("kmalloc-96", 464, 592, 700)
+    with pytest.raises(ConformanceError, match=r"kvm_vcpu: 336 -> 337$"):
+        _given_back("kvm_vcpu", 337)
