@@ -8,7 +8,9 @@ so it may be started and stopped at any time, by anybody.
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,9 @@ LINE_EVERY_S = 15.0
 
 NAMES = 3
 """How many clauses of a bad test are named at once."""
+
+ALIKE = 5
+"""So many bad tests are told that say the same, as where a kernel lacks what they all need."""
 
 
 @dataclass
@@ -90,6 +95,7 @@ class LiveView:
         self._last_line = self._start
         self._since: dict[int, tuple[str, float]] = {}
         self._slots: list[SlotSnapshot] = []
+        self._told: Counter[str] = Counter()
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(
@@ -148,6 +154,12 @@ class LiveView:
         worst = combine(verdict.verdict for verdict in verdicts)
         blamed = [verdict for verdict in verdicts if verdict.verdict is worst]
         names = [verdict.clause or verdict.test for verdict in blamed]
+        alike = re.sub(r"\bgw\d+-\d+\b", "", blamed[0].reason)  # whatever the host
+        self._told[alike] += 1
+        if self._told[alike] == ALIKE + 1:
+            self._console.print(f"{worst:<5} more that say the same: only counted from here on")
+        if self._told[alike] > ALIKE:
+            return
         more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
         text = Text.assemble(
             (f"{worst:<5} ", STYLES[worst]),

@@ -379,3 +379,17 @@ def test_live_view_in_a_log(run_dir: Path) -> None:
         live.update()
     lines = out.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["FAIL", "ERROR", "MISS"]
+
+
+def test_live_view_does_not_repeat_itself(tmp_path: Path) -> None:
+    """What every test says where a kernel lacks what all need is told a few times."""
+    with VerdictFile(tmp_path) as file:
+        for n in range(20):
+            reason = f"the kernel of host gw{n % 2}-{n} does not know the ioctl HOOK"
+            file.write(verdict(f"X-{n}", "FAIL", reason=reason, test=f"test_{n}"))
+        file.write(verdict("Y", "FAIL", reason="another", test="test_y"))
+    out = io.StringIO()
+    with LiveView(tmp_path, console=Console(file=out, width=300)) as live:
+        live.update()
+    told = out.getvalue().splitlines()
+    assert [line.split()[1] for line in told] == ["X-0", "X-1", "X-2", "X-3", "X-4", "more", "Y"]
