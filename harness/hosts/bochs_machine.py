@@ -216,6 +216,9 @@ class BochsMachine:
             "-o", "LogLevel=ERROR", "root@127.0.0.1",
         ]  # fmt: skip
 
+    def processor_thread(self, number: int) -> int | None:
+        return None
+
     def processors(self) -> str:
         return ""
 

@@ -152,6 +152,10 @@ class Emulator:
         # An interrupt that is requested there and never delivered is the emulator's fault.
         return "\n".join(told + [self._monitor.human(f"info lapic {n}") for n in range(count)])
 
+    def processor_thread(self, number: int) -> int | None:
+        found: list[dict[str, int]] = self._monitor.execute("query-cpus-fast")
+        return found[number]["thread-id"]
+
     def close(self) -> None:
         self._monitor.close()
         process.end(self._child)

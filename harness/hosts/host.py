@@ -7,15 +7,22 @@ import contextlib
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
 import paramiko
 
-from harness.errors import HarnessError, HostCrashedError, InfraError, LostHostError
+from harness.errors import (
+    HarnessError,
+    HostCrashedError,
+    InfraError,
+    LostHostError,
+    UsageError,
+)
 from harness.hosts.console import Console
+from harness.hosts.freeze import frozen_thread
 from harness.hosts.ssh import Keys, Shell, login_until
 
 __all__ = ["Host", "Machine", "join"]
@@ -54,6 +61,9 @@ class Machine(Protocol):
 
         :raises HarnessError: it cannot be found out.
         """
+
+    def processor_thread(self, number: int) -> int | None:
+        """The thread on our machine that is one of its processors; None if there is no such."""
 
     def close(self) -> None:
         """End the machine. Idempotent."""
@@ -146,6 +156,18 @@ class Host(Shell):
             return self._machine.processors()
         except HarnessError as error:
             return f"what its processors are at cannot be told: {error.message}"
+
+    @contextlib.contextmanager
+    def frozen(self, processor: int) -> Iterator[None]:
+        """Keep one processor from executing anything, interrupts included, while others go on.
+
+        :raises UsageError: its processors are not apart, or not ours to hold.
+        """
+        thread = self._machine.processor_thread(processor)
+        if thread is None:
+            raise UsageError(f"no processor of host {self.name} can be held alone")
+        with frozen_thread(thread):
+            yield
 
     # -- connections ------------------------------------------------------------------
 

@@ -186,6 +186,9 @@ class RemoteMachine:
     def login_command(self, keys: Keys) -> list[str]:
         return self.address.command()
 
+    def processor_thread(self, number: int) -> int | None:
+        return None
+
     def processors(self) -> str:
         return ""
 
