@@ -216,6 +216,14 @@ hammer_read:				# reads (rdi), answers how often
 	je	1b
 	ret
 
+emulated_locked:			# adds rsi to (rdi) by KVM's emulator, answers what was there
+	ud2
+	.ascii	"kvm"
+emulated_site:
+	lock xaddq %rsi, (%rdi)
+	movq	%rsi, %rax
+	ret
+
 on_breakpoint:
 on_debug:
 	incq	TRAPS(%r15)
@@ -245,6 +253,11 @@ own_read:				# (rdi), which may be on this page
 	ret
 own_write:				# rsi to (rdi), which may be on this page
 	movq	%rsi, (%rdi)
+	ret
+debug_status:				# sets DR6 to rsi, answers what it finds there
+	movq	%rsi, %dr6
+	nop
+	movq	%dr6, %rax
 	ret
 to_user_mode:
 	sysretq

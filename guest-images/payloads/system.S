@@ -51,18 +51,27 @@ set_cr4:
 
 # --- MSR rdi, extended control register rdi: set to rsi, answer what it is then.
 
+# With KIND 1 by KVM's emulator, by its own prefix.
+
 set_msr:
 	movl	%edi, %ecx
 	movl	%esi, %eax
 	movq	%rsi, %rdx
 	shrq	$32, %rdx
+	cmpq	$0, KIND(%r15)
+	jne	1f
 wrmsr_site:
 	wrmsr
 get_msr:
 	movl	%edi, %ecx
 	rdmsr
 	jmp	both_halves
-set_xcr:				# with KIND 1 by KVM's emulator, by its own prefix
+1:	ud2
+	.ascii	"kvm"
+emulated_wrmsr_site:
+	wrmsr
+	jmp	get_msr
+set_xcr:
 	movl	%edi, %ecx
 	movl	%esi, %eax
 	movq	%rsi, %rdx

@@ -22,7 +22,17 @@ from harness.build import cache as build_cache
 from harness.errors import BuildError
 from harness.paths import GUEST_IMAGES
 
-__all__ = ["DUMP_A", "DUMP_B", "FREE", "MAILBOX_WORDS", "Machine", "Mode", "Payload", "mailbox"]
+__all__ = [
+    "DUMP_A",
+    "DUMP_B",
+    "FREE",
+    "MAILBOX_WORDS",
+    "Machine",
+    "Mode",
+    "Payload",
+    "mailbox",
+    "segment_of",
+]
 
 Mode = Literal["long", "compat32", "protected32", "real16"]
 
@@ -130,7 +140,7 @@ def _assemble(source: Path, vendor: str, directory: Path) -> None:
     (directory / "symbols").write_text(done.stdout)
 
 
-def _segment(
+def segment_of(
     *, base: int = 0, limit: int = 0xFFFFFFFF, selector: int, kind: int, dpl: int = 0,
     db: int = 1, s: int = 1, long: int = 0, g: int = 1,
 ) -> bytes:  # fmt: skip
@@ -262,20 +272,22 @@ class Machine:
 
     def _special(self, vcpu: int) -> dict[str, bytes]:
         if self.mode == "real16":
-            return {"cs": _segment(base=CODE, limit=0xFFFF, selector=CODE >> 4, kind=11, db=0, g=0)}
+            return {
+                "cs": segment_of(base=CODE, limit=0xFFFF, selector=CODE >> 4, kind=11, db=0, g=0)
+            }
         ring = self.cpl
         long = self.mode == "long"
         code, data = (0x08 + ring * 16) | ring, (0x10 + ring * 16) | ring
         special = {
-            "cs": _segment(selector=code, kind=11, dpl=ring, db=int(not long), long=int(long))
+            "cs": segment_of(selector=code, kind=11, dpl=ring, db=int(not long), long=int(long))
         }
         for name in ("ds", "es", "fs", "gs", "ss"):
-            special[name] = _segment(selector=data, kind=3, dpl=ring)
+            special[name] = segment_of(selector=data, kind=3, dpl=ring)
         cr0 = CR0_PE | CR0_PROTECTED
         if self.mode != "protected32":
             cr0 |= CR0_PAGING
             special |= {
-                "tr": _segment(
+                "tr": segment_of(
                     base=TSS + vcpu * TSS_STEP, limit=103, selector=0x48 + vcpu * 16, kind=11,
                     db=0, s=0, g=0,
                 ),

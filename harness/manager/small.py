@@ -87,6 +87,10 @@ class SmallManager:
         found: list[str] = self.link.call("threads", prefix=prefix, kernel=kernel)
         return found
 
+    def bind(self, thread: int, *, cpu: int) -> None:
+        """Let a thread, of ours or of the kernel, run on one of the host's processors only."""
+        self.link.call("affinity", thread=thread, cpus=[cpu])
+
     def introspection(self, on: bool) -> None:
         """Switch the module parameter; it is a property of the whole host.
 

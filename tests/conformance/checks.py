@@ -30,6 +30,7 @@ __all__ = [
     "ends_dead",
     "event_size",
     "gone",
+    "kernel_threads",
     "known_commands",
     "near_misses",
     "next_event_of",
@@ -243,6 +244,11 @@ def gone(vm: SmallVm) -> str:
     """What PREUNHOOK answers when the tool is gone."""
     errors = vm.manager.profile.ioctl("PREUNHOOK").errors
     return "ENOENT" if "ENOENT" in errors else "EFAULT"
+
+
+def kernel_threads(manager: SmallManager) -> set[str]:
+    """Kernel threads by PID and name, without the workers that come and go."""
+    return {name for name in manager.threads("", kernel=True) if " kworker" not in name}
 
 
 def ends_dead(manager: SmallManager, vm: SmallVm) -> None:

@@ -10,13 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from checks import RawTool
+from checks import RawTool, kernel_threads
 
 from harness.abi import Codec, Profile
 from harness.counters import SlotWriter
 from harness.manager.describe import describe
 from harness.manager.small import PARAMETER, SmallManager
 from harness.manager.smallvm import SmallVm
+from harness.plugin import skip_clause
 from harness.tool import EventMessage, Listener, Session, Transcript
 
 __all__ = ["Lab"]
@@ -72,6 +73,19 @@ class Lab:
         for known, sessions in self._guests:
             if known is vm:
                 sessions.append(session)
+        return session
+
+    def hook_apart(self, vm: SmallVm, *, cpu: int) -> Session:
+        """:meth:`hook` a guest and let it run, on one processor of the host; KVM's own thread
+        for the session gets the other, so that it does not get the vCPU out of the guest."""
+        if len(self.manager.list_dir("/sys/bus/cpu/devices")) < 2:
+            skip_clause("this host has one processor only")
+        before = kernel_threads(self.manager)
+        session = self.hook(vm)
+        for thread in kernel_threads(self.manager) - before:
+            self.manager.bind(int(thread.split()[0]), cpu=1 - cpu)
+        vm.run()
+        self.manager.bind(vm.vcpu_thread(), cpu=cpu)
         return session
 
     def _hook(self, vm: SmallVm, fd: int, *, allow: bool) -> None:

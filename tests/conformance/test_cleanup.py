@@ -32,12 +32,12 @@ from harness.tool import Session
 MANY = 1000
 SYSENTER_CS = 0x174
 BREAKPOINT = 3
-# By event: the routine that executes such an instruction many times, and its operands.
-ROUTINES: dict[str, tuple[str, int, int]] = {
-    "BREAKPOINT": ("many_breakpoints", 0, 0),
-    "CR": ("many_cr3", FREE, PML4),
-    "MSR": ("many_msr", SYSENTER_CS, 0),
-    "DESCRIPTOR": ("many_gdt", 0, 0),
+# By event: the routines that execute such an instruction many times, and their operands.
+ROUTINES: dict[str, list[tuple[str, int, int]]] = {
+    "BREAKPOINT": [("many_breakpoints", 0, 0)],
+    "CR": [("many_cr3", FREE, PML4)],
+    "MSR": [("many_msr", SYSENTER_CS, 0), ("many_msr", LSTAR, 0)],
+    "DESCRIPTOR": [("many_gdt", 0, 0)],
 }
 
 
@@ -52,8 +52,10 @@ def _intercepted(vm: SmallVm) -> set[str]:
     """Which of the instructions make the guest exit; it gets over all of them."""
     found = set()
     faults = vm.word("faults") + MANY
-    for name, (routine, first, second) in ROUTINES.items():
-        if vm.count_exits(routine, first, second) >= MANY:
+    for name, calls in ROUTINES.items():
+        each = [vm.count_exits(*call) >= MANY for call in calls]
+        assert len(set(each)) == 1, f"{name}: some are intercepted, and some are not"
+        if each[0]:
             found.add(name)
     words = vm.finish()
     assert (words["faults"], words["vector"]) == (faults, BREAKPOINT)
@@ -144,6 +146,62 @@ def test_on_again_after_rehook(lab: Lab, profile: Profile) -> None:
     assert _intercepted(vm) == set()
 
 
+@pytest.mark.clause("UNHOOK-INTERCEPT-RESTORED", "HOOK-REHOOK")
+def test_restored_though_hooked_again(lab: Lab, profile: Profile) -> None:
+    """They are taken back also where the next session begins before the guest runs again."""
+    vm = _vm(lab)
+    _untouched(vm)
+    _hook(lab, vm, profile)
+    vm.stop()
+    assert vm.unhook() == "OK"
+    lab.hook(vm)
+    vm.run()
+    assert _intercepted(vm) == set()
+
+
+@pytest.mark.clause("UNHOOK-INTERCEPT-RESTORED", "MSG-CLEANUP")
+@pytest.mark.parametrize("how", ["unhook", "close"])
+def test_restored_on_each_vcpu(lab: Lab, profile: Profile, how: str) -> None:
+    """Every vCPU gives back what it intercepted, also one that does not run just then."""
+    vm, session = lab.pair(vcpus=4)
+    if "BREAKPOINT" not in supported_events(session, profile):
+        skip_clause("this kernel has no BREAKPOINT event")
+    for vcpu in range(4):
+        enable(session, "BREAKPOINT", vcpu=vcpu)
+    vm.stop(3)
+    if how == "unhook":
+        assert vm.unhook() == "OK"
+    else:
+        session.close()
+        ends_dead(lab.manager, vm)
+    for vcpu in range(4):
+        if vcpu < 3:
+            vm.progresses(vcpu=vcpu)
+            vm.stop(vcpu)
+        assert vm.guest_debug(breakpoints=True, vcpu=vcpu) == "OK", f"vCPU {vcpu}"
+
+
+@pytest.mark.clause("HOOK-REHOOK", "UNHOOK-PERMS-LOST", "CTLCR-OK", "CTLMSR-OK")
+def test_next_session_has_selected_nothing(lab: Lab, profile: Profile) -> None:
+    """What stays intercepted for a tool that is gone is no event of the next one."""
+    vm = _vm(lab)
+    session, names = _hook(lab, vm, profile)
+    session.command("VM_CONTROL_CLEANUP", enable=0).ok()
+    assert vm.unhook() == "OK"
+    again = lab.hook(vm)
+    for name in names & {"CR", "MSR"}:
+        enable(again, name)
+    vm.perform_all(("set_cr3", FREE, 0), ("set_msr", SYSENTER_CS, 5), ("set_msr", LSTAR, 5))
+    silent(again, vcpus=[0])
+    if "CR" in names:
+        select_cr(again, 3)
+        vm.order("set_cr3", PML4)
+        event = next_event_of(again, "CR")
+        assert (event.fields.old_value, event.fields.new_value) == (FREE, PML4)
+        again.answer(event)
+        vm.finish()
+
+
 @pytest.mark.clause("VCPUCTLEVT-DISABLE", "CTLCR-OFF", "CTLMSR-OFF")
 def test_given_up_when_disabled(lab: Lab, profile: Profile) -> None:
     """What the tool disables or deselects costs the guest nothing any more."""
@@ -154,6 +212,7 @@ def test_given_up_when_disabled(lab: Lab, profile: Profile) -> None:
         select_cr(session, 3, on=False)
     if "MSR" in names:
         select_msr(session, SYSENTER_CS, on=False)
+        select_msr(session, LSTAR, on=False)
     for name in names - {"CR", "MSR"}:
         enable(session, name, on=False)
     assert _intercepted(vm) == set()

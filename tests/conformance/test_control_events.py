@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import pytest
 from causes import CR4_DE, CR4_OSXSAVE, CR4_PAE, LSTAR, cause, pair_for
-from checks import continues, enable, next_event_of, requires, silent, supported_events, unwanted
+from checks import (
+    continues,
+    enable,
+    ends_dead,
+    next_event_of,
+    requires,
+    silent,
+    supported_events,
+    unwanted,
+)
 from lab import Lab
 from userspace import debug
 
@@ -222,6 +231,22 @@ def test_tool_owns_breakpoints(vm: SmallVm, session: Session) -> None:
     assert vm.guest_debug(breakpoints=True) == "OK"
 
 
+@pytest.mark.clause("VCPUCTLEVT-BP-EXCLUSIVE", "UNHOOK-INTERCEPT-RESTORED")
+@pytest.mark.parametrize("how", ["unhook", "close"])
+def test_given_back_at_once(lab: Lab, vm: SmallVm, session: Session, how: str) -> None:
+    """When the session is over user space can claim breakpoints before the guest runs again."""
+    vm.run()
+    enable(session, "BREAKPOINT")
+    vm.stop()
+    assert vm.guest_debug(breakpoints=True) == "EBUSY"
+    if how == "unhook":
+        assert vm.unhook() == "OK"
+    else:
+        session.close()
+        ends_dead(lab.manager, vm)
+    assert vm.guest_debug(breakpoints=True) == "OK"
+
+
 @pytest.mark.clause("VCPUCTLEVT-BP-EXCLUSIVE")
 def test_other_debugging(lab: Lab, vm: SmallVm, target: Target) -> None:
     """User space may use debug registers all the while, and gets what they stop at."""
@@ -243,6 +268,22 @@ def test_other_debugging(lab: Lab, vm: SmallVm, target: Target) -> None:
     vm.run()
     vm.wait_word("done", 1)
     silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("VCPUCTLEVT-EBUSY-BP")
+def test_user_space_debugs_otherwise(vm: SmallVm, session: Session) -> None:
+    """User space that single-steps has no use for breakpoints: the tool can have them."""
+    assert debug(vm, step=True) == "OK"
+    pending = session.send("VCPU_CONTROL_EVENTS", event_id="BREAKPOINT", enable=1)
+    continues(session)
+    vm.run()
+    assert vm.wait_exit().reason == "DEBUG"
+    pending.reply(5).ok()
+    assert debug(vm) == "OK"
+    vm.run()
+    vm.call_out(1, kind=1)
+    session.answer(next_event_of(session, "BREAKPOINT"))
+    vm.wait_word("traps", 1)
 
 
 @pytest.mark.clause("VCPUCTLEVT-IMPLICIT")

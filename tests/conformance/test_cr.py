@@ -15,10 +15,13 @@ from userspace import debug, set_special
 
 from harness.manager.payloads import ALIAS, FREE, PAGE_DIRECTORY, PDPT, PML4, SREGS
 from harness.manager.smallvm import KVM_SET_REGS, SmallVm
+from harness.plugin import skip_clause
 from harness.tool import EventMessage, Session
 
 CR0, CR4 = 0x8001_0031, CR4_PAE
-CR0_TS, CR0_WP, CR0_AM = 0x8, 0x1_0000, 0x4_0000
+CR0_TS, CR0_ET, CR0_WP, CR0_AM = 0x8, 0x10, 0x1_0000, 0x4_0000
+CR4_PCIDE, NO_FLUSH = 0x2_0000, 1 << 63
+KVM_GET_MP_STATE, INIT = 0x8004_AE98, 0x500
 OTHER_TABLES, THIRD_TABLES = FREE, FREE + 0x1000
 REGISTERS, R9, RIP = struct.Struct("<18Q"), 9, 16  # struct kvm_regs
 
@@ -45,8 +48,11 @@ CHANGES: Mapping[int, tuple[int, list[tuple[str, int, int]]]] = {
     ]),
 }  # fmt: skip
 # What changes nothing, for each of them.
-SAME = {0: [("set_cr0", CR0), ("clear_ts", 0), ("set_msw", CR0 & 0xF)], 3: [("set_cr3", PML4)],
-        4: [("set_cr4", CR4)]}  # fmt: skip
+SAME = {
+    0: [("set_cr0", CR0), ("set_cr0", CR0 & ~CR0_ET), ("clear_ts", 0), ("set_msw", CR0 & 0xF)],
+    3: [("set_cr3", PML4)],
+    4: [("set_cr4", CR4)],
+}
 
 
 def _vm(lab: Lab, **wanted: Any) -> tuple[SmallVm, Session]:
@@ -128,6 +134,56 @@ def test_several_registers(lab: Lab) -> None:
         vm.order(routine, operand)
         session.answer(_event(session, cr, first, new))
         assert vm.finish()["result"] == new
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("EV-CR-PAYLOAD", "EV-CR-NEWVAL")
+def test_tables_without_flush(lab: Lab) -> None:
+    """The bit that asks to keep translations is no part of CR3: not of the event, nor a change."""
+    vm, session = _vm(lab)
+    if vm.perform("set_cr4", CR4 | CR4_PCIDE)["faults"]:
+        skip_clause("this processor has no PCID")
+    _watch(session, 3)
+    assert vm.perform("set_cr3", NO_FLUSH | PML4)["result"] == PML4
+    silent(session, vcpus=[0])
+    vm.order("set_cr3", NO_FLUSH | OTHER_TABLES)
+    session.answer(_event(session, 3, PML4, OTHER_TABLES))
+    words = vm.finish()
+    assert (words["result"], words["faults"]) == (OTHER_TABLES, 0)
+
+
+@pytest.mark.clause("CTLCR-OK", "VCPUCTLEVT-ENABLE")
+@pytest.mark.parametrize("cr", CHANGES)
+def test_after_init(lab: Lab, cr: int) -> None:
+    """INIT puts the processor back to its beginnings, not what the tool wants to see of it."""
+    vm, session = _vm(lab, irqchip=True)
+    _watch(session, cr)
+    vm.progresses()
+    vm.stop()
+    vm.enable_apic()
+    vm.message_interrupt(INIT)  # that delivery mode, in place of a vector
+    assert vm.vcpu_ioctl(KVM_GET_MP_STATE, bytes(4), out=True)[0] == "OK"  # KVM carries it out
+    assert REGISTERS.unpack(vm.registers())[RIP] == 0xFFF0
+    state = vm.machine.state(0)
+    vm.manager.link.call("set_state", vm=vm.name, vcpu=0, state=state)
+    vm.run()
+    first, changes = CHANGES[cr]
+    routine, operand, new = changes[0]
+    vm.order(routine, operand)
+    session.answer(_event(session, cr, first, new))
+    assert vm.finish()["result"] == new
+
+
+@pytest.mark.clause("CTLCR-OFF")
+@pytest.mark.parametrize("cr", CHANGES)
+def test_deselected_is_as_before(lab: Lab, cr: int) -> None:
+    """Of a register that was deselected nothing is held back, whichever instruction changes it."""
+    vm, session = _vm(lab)
+    _watch(session, cr)
+    select_cr(session, cr, on=False)
+    changes = CHANGES[cr][1]
+    done = vm.perform_all(*((routine, operand, 0) for routine, operand, _ in changes))
+    assert [words["result"] for words in done] == [new for *_, new in changes]
     silent(session, vcpus=[0])
 
 
@@ -250,7 +306,7 @@ def test_refused_by_the_cpu(lab: Lab) -> None:
         _watch(session, cr)
     for number, (routine, value) in enumerate(
         [("set_cr0", CR0 & ~1), ("set_cr4", 1 << 31 | CR4), ("set_cr4", 0),
-         ("set_cr3", 1 << 62 | PML4)], 1,
+         ("set_cr3", 1 << 62 | PML4), ("set_cr0", 1 << 32 | CR0), ("set_cr4", 1 << 32 | CR4)], 1,
     ):  # fmt: skip
         words = vm.perform(routine, value)
         assert (words["faults"], words["vector"]) == (number, 13), f"{routine} {value:#x}"

@@ -164,6 +164,24 @@ def test_retry(lab: Lab, access: Access) -> None:
 
 
 @pytest.mark.clause("SETPAGE-OK")
+def test_from_a_restricted_page(lab: Lab) -> None:
+    """What KVM reads in place of such an instruction respects a restriction."""
+    vm, session = pair_for(lab, "DESCRIPTOR")
+    requires(session, command="VM_SET_PAGE_ACCESS", event="PF")
+    session.handle("DESCRIPTOR", lambda _: "CONTINUE")
+    trace = Trace(session)
+    enable(session, "DESCRIPTOR")
+    enable(session, "PF")
+    load = ACCESSES[1]
+    restrict(session, W | X, _area() & -PAGE)
+    _order(vm, load)
+    vm.finish()
+    restrict(session, RWX, _area() & -PAGE)
+    _done(vm, session, load)
+    assert (R, _area()) in {seen.where for seen in trace.take()}
+
+
+@pytest.mark.clause("SETPAGE-OK")
 def test_to_a_restricted_page(lab: Lab) -> None:
     """What KVM stores in place of such an instruction respects a restriction."""
     vm, session = pair_for(lab, "DESCRIPTOR")

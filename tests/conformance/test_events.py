@@ -338,6 +338,18 @@ def test_short_reply_to_cr(lab: Lab, length: int, expected: int) -> None:
     continues(session)
 
 
+@pytest.mark.clause("EVRPL-SHORT-OK")
+@pytest.mark.parametrize(("length", "expected"), [(16, 0), (20, 0x5566_7788)])
+def test_short_reply_after_a_whole_one(lab: Lab, length: int, expected: int) -> None:
+    """What a reply leaves out is zero, not what an earlier one had there."""
+    vm, session = pair_for(lab, "MSR")
+    session.answer(cause(vm, session, "MSR"), new_val=0x7711_2233_4455)
+    assert vm.finish()["result"] == 0x7711_2233_4455
+    session.answer(cause(vm, session, "MSR"), new_val=0x1122_5566_7788, length=length)
+    assert vm.finish()["result"] == expected
+    continues(session)
+
+
 @pytest.mark.clause("EVRPL-LONG-CLOSE")
 @pytest.mark.parametrize("excess", [1, 8, 84])
 @pytest.mark.parametrize("name", FEW)
@@ -400,6 +412,19 @@ def test_answered_twice(lab: Lab) -> None:
 
 
 @pytest.mark.clause("EVRPL-UNSOLICITED-CLOSE")
+def test_answered_twice_at_once(lab: Lab) -> None:
+    """The same when both are there before the vCPU looks; it gets over its event all the same."""
+    for _ in range(4):
+        vm, session = lab.pair()
+        event = cause(vm, session, "HYPERCALL")
+        payload = session.codec.encode_event_reply(event.definition, "CONTINUE", vcpu=0)
+        reply = session.codec.frame(session.profile.event_reply, payload, event.seq)
+        session.send_bytes(reply * 2)
+        session.expect_close(timeout_s=5)
+        went_on(vm, "HYPERCALL")
+
+
+@pytest.mark.clause("EVRPL-UNSOLICITED-CLOSE")
 def test_reply_for_other_vcpu(lab: Lab) -> None:
     """A reply that names another vCPU than the one that waits closes the socket."""
     vm, session = lab.pair(vcpus=2)
@@ -441,9 +466,13 @@ def test_reply_padding(lab: Lab, name: str, padding: dict[str, int]) -> None:
     ],
 )
 def test_disconnect(lab: Lab, name: str, how: str, profile: Profile) -> None:
-    """When the session ends, however, the waiting vCPU goes on with unchanged guest values."""
+    """When the session ends, however, the waiting vCPU goes on with unchanged guest values.
+
+    They are not those of a command either, which would count with the reply.
+    """
     vm, session = pair_for(lab, name, registers={"r12": 0x77})
     event = cause(vm, session, name)
+    session.command("VCPU_SET_REGISTERS", regs=event.regs, r12=0x1212, rbp=0x99).ok()
     if how == "close":
         session.close()
     elif how == "unhook":

@@ -10,8 +10,9 @@ import pytest
 from causes import can_come, cause, pair_for
 from checks import all_fail, continues, enable, next_event_of, requires, silent, trap_of
 from lab import Lab
+from pages import Trace, X, access_pair, linear, next_access, restrict
 
-from harness.manager.payloads import MAILBOX_WORDS, STACK_STEP, STACKS, mailbox
+from harness.manager.payloads import FREE, MAILBOX_WORDS, STACK_STEP, STACKS, mailbox
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 from harness.tool import EventMessage, Session
@@ -99,6 +100,25 @@ def test_inject_in_event(lab: Lab, name: str) -> None:
     assert vm.finish()["vector"] == PROTECTION
     silent(session, vcpus=[0])
     assert vm.word("faults") == 1
+
+
+@pytest.mark.clause("EV-TRAP-EFFECTIVE", "INJECT-OK", "INJECT-TRAP")
+def test_overridden_by_one_that_was_begun(lab: Lab) -> None:
+    """An exception whose delivery met a restricted page comes first: TRAP tells that one."""
+    vm, session = access_pair(lab)
+    requires(session, command="VCPU_INJECT_EXCEPTION")
+    enable(session, "BREAKPOINT")
+    restrict(session, X, FREE)
+    vm.order("breakpoint", linear(vm, FREE) + 0x800)  # with its stack there
+    session.answer(next_event_of(session, "BREAKPOINT"))
+    event, _ = next_access(session)
+    _inject(session, PROTECTION, 0x28)
+    Trace(session)
+    session.answer(event)
+    session.answer(_trap(session, BREAKPOINT))
+    vm.finish()
+    assert (vm.word("traps"), vm.word("faults")) == (1, 0)
+    silent(session, vcpus=[0])
 
 
 @pytest.mark.clause("INJECT-OK", "EV-TRAP-EFFECTIVE")

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from causes import LSTAR, select_cr, select_msr
 from checks import (
     ALWAYS_ALLOWED,
     RawTool,
@@ -18,8 +19,11 @@ from checks import (
     gone,
     next_event_of,
     silent,
+    supported_commands,
+    supported_events,
 )
 from lab import Lab
+from slabs import leaves_nothing
 
 from harness.abi import Profile
 from harness.hosts import Host
@@ -52,6 +56,39 @@ def _anonymous_kb(manager: SmallManager) -> int:
         if line.startswith("AnonPages:")
     )
     return int(line.split()[1])
+
+
+VMS = 8
+
+
+@pytest.mark.clause("LIFE-VMDESTROY")
+@pytest.mark.timeout(240)
+def test_many_vms_leave_nothing(lab: Lab, manager: SmallManager, profile: Profile) -> None:
+    """VMs that were introspected in every way come and go, and the kernel holds nothing of them."""
+
+    def live() -> None:
+        for number in range(VMS):
+            vm, session = lab.pair(payload="system", vcpus=2)
+            there = supported_commands(session, profile)
+            events = supported_events(session, profile)
+            for vcpu in (0, 1):
+                for name in {"BREAKPOINT", "DESCRIPTOR", "CR", "MSR"} & events:
+                    enable(session, name, vcpu=vcpu)
+                if "VCPU_CONTROL_CR" in there:
+                    select_cr(session, 3, vcpu=vcpu)
+                if "VCPU_CONTROL_MSR" in there:
+                    select_msr(session, LSTAR, vcpu=vcpu)
+            if "VM_SET_PAGE_ACCESS" in there:
+                entries = [{"gpa": FREE, "access": "RX"}]
+                session.command("VM_SET_PAGE_ACCESS", entries=entries).ok()
+            for vcpu in (0, 1):
+                vm.stop(vcpu)
+            if number % 2:
+                assert vm.unhook() == "OK"
+            vm.close()
+            session.close()
+
+    leaves_nothing(manager, live, lives=VMS)
 
 
 @pytest.mark.clause("LIFE-TOOLCLOSE-HUP")

@@ -14,7 +14,9 @@ from userspace import reject_msr_writes
 from harness.manager.smallvm import SmallVm
 from harness.tool import EventMessage, Session
 
-SYSENTER_CS, STAR, CSTAR = 0x174, 0xC0000081, 0xC0000083
+SYSENTER_CS, STAR, CSTAR, EFER = 0x174, 0xC0000081, 0xC0000083, 0xC0000080
+APIC_BASE, X2APIC = 0x1B, 0xFEE0_0D00
+TASK_PRIORITY, INTERRUPT_COMMAND = 0x808, 0x830
 # In both ranges: some that KVM usually leaves to the guest, and some that it intercepts
 # itself. Three values for each; AMD CPUs keep 32 bits of the SYSENTER registers.
 MSRS = {
@@ -72,6 +74,53 @@ def test_changes_are_reported(lab: Lab, msr: int) -> None:
     # What is there already is no change.
     _write(vm, msr, vm.word("result"))
     silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("CTLMSR-OK", "EV-MSR-PAYLOAD", "EV-MSR-NEWVAL")
+@pytest.mark.parametrize("msr", [TASK_PRIORITY, INTERRUPT_COMMAND], ids=hex)
+def test_interrupt_controller(lab: Lab, msr: int) -> None:
+    """Writes that KVM or the processor handles in shorter ways than others are events as well."""
+    vm, session = pair_for(lab, "MSR", irqchip=True)
+    _write(vm, APIC_BASE, X2APIC)
+    _write(vm, msr, 0x30)  # its APIC is off by software, so nothing gets interrupted
+    _watch(session, msr)
+    for wanted, given in ((0x40, 0x40), (0x50, 0x60), (0x70, 0x60)):
+        old = vm.perform("get_msr", msr)["result"]
+        vm.order("set_msr", msr, wanted)
+        session.answer(_event(session, msr, old, wanted), new_val=given)
+        words = vm.finish()
+        assert (words["result"], words["faults"]) == (given, 0)
+    silent(session, vcpus=[0])
+
+
+@pytest.mark.clause("CTLMSR-OK", "EV-MSR-PAYLOAD", "EV-MSR-NEWVAL")
+def test_written_by_the_emulator(lab: Lab) -> None:
+    """A WRMSR that KVM carries out by its emulator is an event like any other."""
+    vm, session = pair_for(lab, "MSR")
+    lab.set_parameter("force_emulation_prefix", "1")
+    vm.set_word("kind", 1)
+    _write(vm, LSTAR, 0x1000)
+    _watch(session, LSTAR)
+    for wanted, given in ((0x2000, 0x2000), (0x3000, 0x4000), (0x5000, 0x4000)):
+        old = vm.perform("get_msr", LSTAR)["result"]
+        vm.order("set_msr", LSTAR, wanted)
+        event = _event(session, LSTAR, old, wanted)
+        assert event.regs.rip == vm.machine.linear("emulated_wrmsr_site")
+        session.answer(event, new_val=given)
+        words = vm.finish()
+        assert (words["result"], words["faults"]) == (given, 0)
+
+
+@pytest.mark.clause("EV-MSR-PAYLOAD")
+def test_bit_that_is_not_written(lab: Lab) -> None:
+    """EFER.LMA stays what it is, whatever is written: alone it is no change."""
+    vm, session = pair_for(lab, "MSR")
+    _watch(session, EFER)
+    assert vm.perform("set_msr", EFER, 0x100)["result"] == 0x500
+    silent(session, vcpus=[0])
+    vm.order("set_msr", EFER, 0x101)
+    session.answer(_event(session, EFER, 0x500, 0x501))
+    assert vm.finish()["result"] == 0x501
 
 
 @pytest.mark.clause("CTLMSR-OK")

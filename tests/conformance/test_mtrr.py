@@ -63,12 +63,15 @@ def test_fixed(lab: Lab) -> None:
     fixed = {
         FIXED_64K: 0x06_06_06_06_00_01_04_05,
         FIXED_16K: 0x06_05_04_01_00_06_05_04,
+        FIXED_16K + 1: 0x05_06_06_06_06_06_06_01,  # from 0xa0000
+        FIXED_4K: 0x06_06_06_06_06_06_06_04,
         FIXED_4K + 7: 0x00_01_04_05_06_06_06_06,  # from 0xf8000
     }
     vm, session = _with(lab, {DEFAULT_TYPE: ENABLED | FIXED_ENABLED | WB, **fixed})
     _types(session, {
         0: WP, 0xFFFF: WP, 0x1_0000: WT, 0x1_FFFF: WT, 0x2_0000: WC, 0x3_8000: UC, 0x4_0000: WB,
         0x8_0000: WT, 0x8_3FFF: WT, 0x8_4000: WP, 0x8_C000: UC, 0x9_0000: WC, 0x9_FFFF: WB,
+        0xA_0000: WC, 0xA_3FFF: WC, 0xA_4000: WB, 0xB_C000: WP, 0xC_0000: WT, 0xC_1000: WB,
         0xF_8000: WB, 0xF_BFFF: WB, 0xF_C000: WP, 0xF_D000: WT, 0xF_E000: WC, 0xF_FFFF: UC,
         0x10_0000: WB,
     })  # fmt: skip
@@ -85,12 +88,14 @@ def test_variable(lab: Lab) -> None:
         **_variable(0, 0x8000_0000, 0x1_0000, UC),
         **_variable(1, 5 * GB, 0x1000, WC),
         **_variable(2, 8 * GB, 4 * GB, WP),
+        **_variable(7, 16 * GB, GB, WT),  # the last one that KVM has
         **off,
     })  # fmt: skip
     _types(session, {
         0x7FFF_F000: WB, 0x7FFF_FFFF: WB, 0x8000_0000: UC, 0x8000_1234: UC, 0x8000_FFFF: UC,
         0x8001_0000: WB, 5 * GB - 1: WB, 5 * GB: WC, 5 * GB + 0xFFF: WC, 5 * GB + 0x1000: WB,
         8 * GB - 1: WB, 8 * GB: WP, 12 * GB - 1: WP, 12 * GB: WB, 6 * GB: WB,
+        16 * GB: WT, 17 * GB - 1: WT, 17 * GB: WB,
     })  # fmt: skip
 
 

@@ -117,6 +117,27 @@ def test_any_address_of_the_page(lab: Lab) -> None:
         assert [seen.where for seen in trace.take()] == [(W, FREE + PAGE + offset)]
 
 
+@pytest.mark.clause("UNHOOK-PAGES-LIFTED")
+@pytest.mark.parametrize("how", ["close", "unhook"])
+def test_many_are_lifted_at_the_end(lab: Lab, how: str) -> None:
+    """However many pages are restricted, none is when the session is over."""
+    first, count = 0x10_0000, 5 * MOST_ENTRIES
+    slot = Slot(slot=1, gpa=first, size=count * PAGE)
+    vm, session = access_pair(lab, payload="access32", slots=[slot])
+    pages = [first + number * PAGE for number in range(count)]
+    for start in range(0, count, MOST_ENTRIES):
+        restrict(session, R | X, *pages[start : start + MOST_ENTRIES])
+    tried = [*pages[::500], pages[-1]]
+    assert _writes_are_seen(vm, Trace(session), *tried) == tried
+    if how == "close":
+        session.close()
+        ends_dead(lab.manager, vm)
+    assert vm.unhook() == "OK"
+    again = lab.hook(vm)
+    enable(again, "PF")
+    assert _writes_are_seen(vm, Trace(again), *tried) == []
+
+
 @pytest.mark.clause("SETPAGE-OK")
 def test_last_setting_counts(lab: Lab) -> None:
     """Setting a page again replaces what it had, also within one message."""

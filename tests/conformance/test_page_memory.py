@@ -69,14 +69,15 @@ def _become(vm: SmallVm, huge: int, *, base: int = BASE) -> None:
 
 
 @pytest.mark.clause("SETPAGE-OK", "SETPAGE-FORGET")
-def test_huge_page_is_split(lab: Lab) -> None:
+@pytest.mark.parametrize("number", [0, 5, 511])
+def test_huge_page_is_split(lab: Lab, number: int) -> None:
     """Restricting a page in a huge one splits that one alone; lifted, it is joined again."""
     vm, session = _huge_pair(lab)
     trace = Trace(session)
-    page = BASE + 5 * PAGE
+    page = BASE + number * PAGE
     for _ in range(2):
         restrict(session, R | X, page)
-        beside = (page - PAGE, page + PAGE, BASE + HUGE)
+        beside = (page ^ PAGE, BASE + 0x40 * PAGE, BASE + HUGE)
         assert _write(vm, trace, page, *beside, page + 8) == [page, page + 8]
         _touch(vm)
         assert vm.statistic("pages_2m") == 1

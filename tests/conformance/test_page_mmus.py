@@ -43,7 +43,7 @@ CORE: list[Part] = [
     partial(races.test_no_access_without_event, routines=["hammer_sse", "hammer"], access=R | X),
     races.test_in_force_with_the_reply,
     partial(memory.test_dirty_log, routine="sse_write"),
-    memory.test_huge_page_is_split,
+    *(partial(memory.test_huge_page_is_split, number=number) for number in (5, 511)),
 ]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from checks import RawTool, continues, ends_dead, event_size, near_misses, silent
 from lab import Lab
 
-from harness.errors import SessionClosed, SilenceError
+from harness.errors import DeadlineError, SessionClosed, SilenceError
 from harness.manager.smallvm import SmallVm
 from harness.tool import Session
 
@@ -127,6 +128,30 @@ def test_does_not_wait(lab: Lab, vm: SmallVm) -> None:
     size = 8 + event_size(lab.profile, "UNHOOK")
     answer = link.call("receive", name=peer, size=5 * size + 1, timeout_s=0.5)
     assert len(answer["hex"]) // 2 == 5 * size
+
+
+@pytest.mark.clause("PREUNHOOK-NOWAIT", "PREUNHOOK-SENDS")
+def test_does_not_wait_for_room(lab: Lab, vm: SmallVm) -> None:
+    """Nor does it wait when the socket takes no more: it fails, and has written nothing."""
+    name, fd = lab.manager.socketpair()
+    assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+    link, peer = lab.manager.link, name + ".peer"
+    request = lab.codec.frame(*lab.codec.encode_command("VM_CONTROL_EVENTS", enable=1), 1)
+    link.call("send", name=peer, hex=request.hex())
+    assert link.call("receive", name=peer, size=16, timeout_s=5)["hex"][16:] == bytes(8).hex()
+    preunhook, _ = lab.codec.encode_ioctl("PREUNHOOK")
+    one = {"op": "ioctl", "on": f"vm:{vm.name}", "request": preunhook}
+    try:
+        answers = lab.manager.batch([one] * 2000, timeout_s=20)
+    except DeadlineError:
+        pytest.fail("PREUNHOOK waits for a tool that does not read")
+    errors = [answer["errno"] for answer in answers]
+    refused = errno.ENOENT if "ENOENT" in lab.profile.ioctl("PREUNHOOK").errors else errno.EFAULT
+    done = errors.index(refused) if refused in errors else len(errors)
+    assert errors == [0] * done + [refused] * (len(errors) - done)
+    size = 8 + event_size(lab.profile, "UNHOOK")
+    answer = link.call("receive", name=peer, size=done * size + 1, timeout_s=2)
+    assert len(answer["hex"]) // 2 == done * size
 
 
 @pytest.mark.clause("PREUNHOOK-NOTUNHOOKED", "EV-UNHOOK-NOREPLY")

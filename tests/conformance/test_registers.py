@@ -12,7 +12,7 @@ from checks import continues, enable, next_event_of, silent
 from lab import Lab
 
 from harness.abi import Profile
-from harness.manager.payloads import DUMP_A, DUMP_B, REGS
+from harness.manager.payloads import DUMP_A, DUMP_B, REGS, SREGS, segment_of
 from harness.manager.smallvm import SmallVm
 from harness.plugin import skip_clause
 
@@ -125,6 +125,21 @@ def test_mode(lab: Lab, mode: Any, payload: str, size: int) -> None:
     event = next_event_of(session, "PAUSE")
     assert event.mode == size
     session.answer(event)
+
+
+@pytest.mark.clause("GETREGS-MODE", "EVT-VCPU-COMMON")
+@pytest.mark.parametrize("mode", ["protected32", "compat32"])
+def test_mode_of_a_16_bit_segment(lab: Lab, mode: Any) -> None:
+    """In protected mode it is the code segment that tells 16 from 32 bits, paging or not."""
+    vm, session = lab.pair(mode=mode, payload="calls32", run=False)
+    segment = segment_of(selector=8, kind=11, db=0, s=1)
+    state = {"sregs": [[SREGS["cs"], segment.hex()]]}
+    lab.manager.link.call("set_state", vm=vm.name, vcpu=0, state=state)
+    pending = session.send("VCPU_GET_REGISTERS", nmsrs=0)
+    session.command("VM_PAUSE_VCPU", wait=0).ok()
+    vm.run()  # both come before it executes anything
+    assert pending.reply(5).ok().fields.mode == 2
+    assert next_event_of(session, "PAUSE").mode == 2
 
 
 @pytest.mark.clause("GETREGS-EINVAL-MSR")
@@ -242,6 +257,37 @@ def test_outside_of_events(lab: Lab) -> None:
     for vcpu in (0, 1):
         vm.progresses(vcpu=vcpu)
     silent(session, vcpus=[0, 1])
+
+
+@pytest.mark.clause("SETREGS-OK", "SETREGS-EOPNOTSUPP", "MSG-INTERLEAVE-CMD")
+def test_commands_around_the_reply(lab: Lab) -> None:
+    """What is sent before the reply to an event belongs to the event, what comes after does not."""
+    vm = lab.vm(payload="registers", registers={"rbx": 7})
+    tool = lab.raw(vm)
+    tool.send(*lab.codec.encode_command("VM_PAUSE_VCPU", wait=0), seq=1)
+    assert tool.receive().payload == bytes(8)
+    vm.run()
+    event = tool.receive()
+    common = lab.codec.decode_event(event.id, event.payload).common
+    assert common is not None
+    regs = common.arch.regs
+
+    def command(name: str, seq: int, **fields: Any) -> bytes:
+        return lab.codec.frame(*lab.codec.encode_command(name, **fields), seq)
+
+    answer = lab.codec.encode_event_reply("PAUSE")
+    tool.socket.sendall(
+        b"".join(command("VCPU_GET_XSAVE", seq) for seq in range(10, 18))  # these take a while
+        + command("VCPU_SET_REGISTERS", 20, regs=regs, rbx=8)
+        + lab.codec.frame(lab.profile.event_reply, answer, event.seq)
+        + command("VCPU_SET_REGISTERS", 21, regs=regs, rbx=9)
+    )
+    replies = [tool.receive() for _ in range(10)]
+    assert [one.seq for one in replies] == [*range(10, 18), 20, 21]
+    assert replies[-2].payload == bytes(8)
+    late = lab.profile.errno["KVM_EOPNOTSUPP"]
+    assert replies[-1].payload == struct.pack("<iI", -late, 0)
+    assert _dump(vm, DUMP_A)[0]["rbx"] == 8
 
 
 @pytest.mark.clause("SETREGS-EINVAL-SHORT")

@@ -72,7 +72,7 @@ def test_many_hypercalls(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("number", "first", "second"),
     [(34, 23, 0), (34, 25, 0), (34, 24, 1), (34, 0, 24), (33, 24, 0), (1, 24, 0),
-     (34, 24 | 1 << 32, 0), (34, 24, 1 << 32)],
+     (34, 24 | 1 << 32, 0), (34, 24, 1 << 32), (34 | 1 << 32, 24, 0)],
 )  # fmt: skip
 def test_other_hypercalls(lab: Lab, number: int, first: int, second: int) -> None:
     """Any other number or argument raises no event, and the hypercall fails as without a tool."""

@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 import pytest
-from checks import continues, enable, next_event_of, requires, silent, trap_of
+from checks import continues, enable, ends_dead, next_event_of, requires, silent, trap_of
 from lab import Lab
 
 from harness.abi import load_clauses
@@ -17,8 +17,10 @@ from harness.plugin import skip_clause
 from harness.plugin.fixtures import ClauseNotes
 from harness.tool import EventMessage, Session
 
-KVM_INTERRUPT = 0x4004AE86
+KVM_INTERRUPT, KVM_NMI = 0x4004AE86, 0xAE9A
+MANY = 1000
 VECTOR = 0x30
+APIC_BASE, X2APIC, INTERRUPT_COMMAND = 0x1B, 0xFEE0_0D00, 0x830
 ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 8, 12, 13, 14, 15]
 """The steps of the payload in the order in which they are executed."""
 
@@ -228,6 +230,54 @@ def test_off(lab: Lab) -> None:
         _runs_free(vm, session)
 
 
+@pytest.mark.clause("SSTEP-OFF", "UNHOOK-SINGLESTEP-OFF")
+@pytest.mark.parametrize("how", ["command", "close", "unhook", "unhook while it does not run"])
+def test_costs_nothing_afterwards(lab: Lab, how: str) -> None:
+    """When stepping is over no instruction leaves the guest because of it."""
+    vm, session = lab.pair(payload="system")
+    if not _supported(session):
+        skip_clause("this processor cannot single-step (features.singlestep is 0)")
+    if vm.count_exits("many_gdt") >= MANY:
+        skip_clause("this host intercepts SGDT by itself")
+    _begin(vm, session)
+    for _ in range(3):
+        _step(session)
+    event = next_event_of(session, "SINGLESTEP")
+    if how == "command":
+        _control(session, False)
+        session.answer(event)
+    elif how == "close":
+        session.close()
+        ends_dead(lab.manager, vm)
+    elif how == "unhook":
+        assert vm.unhook() == "OK"
+    else:
+        session.handle("SINGLESTEP", lambda _: "CONTINUE")
+        session.answer(event)
+        vm.stop()
+        assert vm.unhook() == "OK"
+        vm.run()
+    assert vm.count_exits("many_gdt") < MANY
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.clause("SSTEP-ON")
+def test_shortest_way_through_kvm(lab: Lab) -> None:
+    """An instruction that KVM deals with on its fast path has its event, too."""
+    vm, session = lab.pair(payload="system", irqchip=True)
+    if not _supported(session):
+        skip_clause("this processor cannot single-step (features.singlestep is 0)")
+    assert vm.perform("set_msr", APIC_BASE, X2APIC)["faults"] == 0
+    _begin(vm, session, "wrmsr_site", rcx=INTERRUPT_COMMAND, rax=0x31, rdx=0)
+    event = next_event_of(session, "SINGLESTEP")
+    assert event.regs.rip == vm.machine.linear("get_msr")
+    start = vm.machine.linear("_start")
+    session.command("VCPU_SET_REGISTERS", regs=event.regs, rip=start).ok()
+    _control(session, False)
+    session.answer(event)
+    _runs_free(vm, session)
+
+
 @pytest.mark.clause("SSTEP-ON", "EVT-OTHER-VCPU-RUN")
 def test_one_vcpu_alone(lab: Lab) -> None:
     """Only the vCPU that was named is stepped."""
@@ -360,6 +410,25 @@ def test_no_interrupt_window_while_stepping(lab: Lab) -> None:
     assert vm.wait_exit().reason == "IRQ_WINDOW_OPEN"
     assert vm.vcpu_ioctl(KVM_INTERRUPT, struct.pack("<I", VECTOR))[0] == "OK"
     vm.run()
+    vm.wait_word("faults", 1)
+    _runs_free(vm, session)
+    assert vm.word("faults") == 1
+
+
+@pytest.mark.clause("SSTEP-NOINJECT")
+def test_no_nmi_while_stepping(lab: Lab) -> None:
+    """Nor does one come that the guest cannot mask: it is delivered when stepping ends."""
+    vm, session = _stepping_pair(lab)
+    vm.stop()
+    session.command("VM_PAUSE_VCPU", wait=0).ok()
+    assert vm.vcpu_ioctl(KVM_NMI)[0] == "OK"
+    vm.run(0)
+    pause = next_event_of(session, "PAUSE")
+    rip = vm.machine.linear("_start")
+    session.command("VCPU_SET_REGISTERS", regs=pause.regs, rip=rip).ok()
+    _control(session, True)
+    session.answer(pause)
+    _steps_undisturbed(vm, session)
     vm.wait_word("faults", 1)
     _runs_free(vm, session)
     assert vm.word("faults") == 1

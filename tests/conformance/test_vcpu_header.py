@@ -169,6 +169,54 @@ def test_running_vcpu_answers(lab: Lab) -> None:
     vm.progresses(vcpu=1)
 
 
+COMMANDS_A_ROUND, ROUNDS = 60, 5
+
+
+@pytest.mark.clause("VCPUHDR-WAKE")
+@pytest.mark.parametrize("cpu", [0, 1])
+def test_running_vcpu_is_called(lab: Lab, cpu: int) -> None:
+    """A vCPU in the guest is got out of it for a command; it does not wait for the host's timer.
+
+    So the processor that executes the guest gets other interrupts, too. (That of the network's
+    device is one of them, on one of the two.)
+    """
+    vm = lab.vm(payload="system")  # which does not leave the guest by itself
+    session = lab.hook_apart(vm, cpu=cpu)
+    vm.progresses()
+    most = 0
+    for _ in range(ROUNDS):
+        before = _interrupts(lab, cpu)
+        for _ in range(COMMANDS_A_ROUND):
+            session.command("VCPU_GET_INFO").ok()
+        most = max(most, _interrupts(lab, cpu) - before)
+    # It may be out of the guest already, most often so on a busy machine.
+    assert most >= COMMANDS_A_ROUND // 4, f"{most} interrupts for {COMMANDS_A_ROUND} commands"
+
+
+def _interrupts(lab: Lab, cpu: int) -> int:
+    """How many a processor of the host has had, but for those of its timer."""
+    heads, *lines = lab.manager.read_file("/proc/interrupts").splitlines()
+    place = heads.split().index(f"CPU{cpu}") + 1
+    each = [line.split() for line in lines]
+    return sum(
+        int(words[place])
+        for words in each
+        if words[0] != "LOC:" and len(words) > place and words[place].isdigit()
+    )
+
+
+@pytest.mark.clause("VCPUHDR-WAKE", "MSG-LONG-OK")
+def test_commands_without_end(lab: Lab) -> None:
+    """What a vCPU has executed makes room: it takes any number of commands in a session."""
+    vm, session = lab.pair()
+    id, payload = session.codec.encode_command("VCPU_GET_INFO")
+    largest = payload.ljust(session.profile.max_message_size, b"\xff")
+    for _ in range(40):  # 2.6 MB in all
+        for seq in [session.send_raw(id, largest) for _ in range(8)]:
+            session.reply_to(seq).ok()
+    vm.progresses()
+
+
 @pytest.mark.clause("VCPUHDR-WAKE")
 @pytest.mark.parametrize("interrupts", [False, True])
 def test_halted_vcpu_answers(lab: Lab, interrupts: bool) -> None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 from .kernel import KVM_GET_API_VERSION, Request, must
+
+PR_SET_KEEPCAPS = 8
 
 
 class HostRequests:
@@ -41,6 +44,14 @@ class HostRequests:
         """List a directory of the host; a missing one is empty."""
         path = Path(request["path"])
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    def op_affinity(self, request: Request) -> None:
+        """Bind a thread, of ours or of the kernel, to some processors."""
+        os.sched_setaffinity(request["thread"], request["cpus"])
+
+    def op_own_credentials(self, request: Request) -> None:
+        """Take credentials that are as they were, but shared with nobody."""
+        ctypes.CDLL(None).prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)  # makes a copy, cap_task_prctl()
 
     def op_threads(self, request: Request) -> list[str]:
         """Name the processes and kernel threads, or only these, whose name starts so."""
