@@ -373,7 +373,7 @@ DEVICE = 0x18_0000
 """An address without memory: accesses to it are the device manager's."""
 
 
-@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE")
+@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE", "EV-PF-PAYLOAD")
 @pytest.mark.parametrize("routine", ["port_out", "port_in", "to_device", "from_device"])
 def test_accesses_of_the_emulator(lab: Lab, routine: str) -> None:
     """What KVM reads or writes for an instruction that it has to carry out is an access, too.
@@ -445,7 +445,7 @@ def test_instruction_that_page_faults(lab: Lab) -> None:
     assert struct.unpack_from("<Q", vm.special_registers(), CR2) == (nowhere,)
 
 
-@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE", "EV-PF-MULTI")
+@pytest.mark.clause("SETPAGE-OK", "EV-PF-CONTINUE", "EV-PF-MULTI", "EV-PF-PAYLOAD")
 def test_device_to_a_page_boundary(lab: Lab) -> None:
     """What is read from a device and stored on two pages is read once, and stored as a whole."""
     vm, session = access_pair(lab)
