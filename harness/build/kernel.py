@@ -259,26 +259,40 @@ def local_version(series: Series) -> str:
     return f"-kvmi-{series.digest[:8] if series.patches else 'base'}"
 
 
-def resolve_options(settings: Settings, lines: Iterable[str], *, into: Path) -> str:
+def resolve_options(settings: Settings, lines: Iterable[str]) -> str:
     """What a configuration with just these lines becomes: all else has its default.
 
+    The cache has it already for patches that change nothing about options.
+
     :param lines: as in a fragment, ``CONFIG_KVM=y``.
-    :param into: the file for it; its directory exists.
     :raises UsageError: the kernel was built elsewhere.
     """
-    into.write_text("\n".join(lines) + "\n")
+    asked = "\n".join(lines) + "\n"
     with _without_code(settings) as src:
-        build = src.with_name("build-configuration")
-        build.mkdir(exist_ok=True)
-        run_logged(
-            ["make", f"O={build}", f"KCONFIG_CONFIG={into}", "olddefconfig"],
-            cwd=src,
-            log=settings.cache / "logs" / "kconfig.log",
-            timeout_s=_CONFIGURE_TIMEOUT_S,
-            env=build_environment(),
-            what="kernel configuration",
-        )
-    return into.read_text()
+
+        def make(directory: Path) -> None:
+            config = directory / "config"
+            config.write_text(asked)
+            build = src.with_name("build-configuration")
+            build.mkdir(exist_ok=True)
+            run_logged(
+                ["make", f"O={build}", f"KCONFIG_CONFIG={config}", "olddefconfig"],
+                cwd=src,
+                log=settings.cache / "logs" / "kconfig.log",
+                timeout_s=_CONFIGURE_TIMEOUT_S,
+                env=build_environment(),
+                what="kernel configuration",
+            )
+
+        inputs = {"asked": asked, "compiler": compiler(), "options": _options_digest(src)}
+        place = cache.entry("configuration", inputs, make, root=settings.cache)
+    return (place / "config").read_text()
+
+
+def _options_digest(src: Path) -> str:
+    """Stands for all that a configuration is resolved by: the tree but for its headers."""
+    files = (path for path in src.rglob("*") if path.is_file() and "uapi" not in path.parts)
+    return cache.key_of({str(path.relative_to(src)): cache.digest_of(path) for path in files})
 
 
 @contextmanager

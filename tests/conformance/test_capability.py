@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from lab import Lab
 
@@ -95,22 +93,22 @@ def test_parameter_is_off_by_default(
 @pytest.mark.clause("KCONFIG-DEFAULT-N")
 @pytest.mark.needs("source")
 @pytest.mark.timeout(900)  # another run may be compiling in the tree
-def test_option_is_off_by_default(settings: Settings, tmp_path: Path) -> None:
+def test_option_is_off_by_default(settings: Settings) -> None:
     """The kernel option is off unless asked for; without Intel or AMD KVM it is not there."""
     # All that it may depend on besides KVM (sockets, say) is in the usual configuration.
     usual = (KERNEL_CONFIG / "base.config").read_text().splitlines()
     base = [line for line in usual if not line.startswith((OPTION, "CONFIG_KVM_"))]
     amd, intel = "CONFIG_KVM_AMD=y", "CONFIG_KVM_INTEL=y"
     try:
-        config = resolve_options(settings, [*base, amd, intel], into=tmp_path / "default")
+        config = resolve_options(settings, [*base, amd, intel])
     except UsageError as error:
         skip_clause(f"the kernel's source is not at hand: {error}")
     assert amd in config
     assert f"# {OPTION} is not set" in config
     for backend in (amd, intel):
         asked = [*base, backend, f"{OPTION}=y"]
-        assert f"{OPTION}=y" in resolve_options(settings, asked, into=tmp_path / "one")
+        assert f"{OPTION}=y" in resolve_options(settings, asked)
     neither = [line.replace("=y", "=n") for line in (amd, intel)]
-    config = resolve_options(settings, [*base, *neither, f"{OPTION}=y"], into=tmp_path / "none")
+    config = resolve_options(settings, [*base, *neither, f"{OPTION}=y"])
     assert "CONFIG_KVM=y" in config
     assert OPTION not in config
