@@ -75,7 +75,7 @@ class Lab:
                 sessions.append(session)
         return session
 
-    def hook_apart(self, vm: SmallVm, *, cpu: int) -> Session:
+    def hook_apart(self, vm: SmallVm, *, cpu: int, run: bool = True) -> Session:
         """:meth:`hook` a guest and let it run, on one processor of the host; KVM's own thread
         for the session gets the other, so that it does not get the vCPU out of the guest."""
         if len(self.manager.list_dir("/sys/bus/cpu/devices")) < 2:
@@ -84,8 +84,9 @@ class Lab:
         session = self.hook(vm)
         for thread in kernel_threads(self.manager) - before:
             self.manager.bind(int(thread.split()[0]), cpu=1 - cpu)
-        vm.run()
-        self.manager.bind(vm.vcpu_thread(), cpu=cpu)
+        if run:
+            vm.run()
+            self.manager.bind(vm.vcpu_thread(), cpu=cpu)
         return session
 
     def _hook(self, vm: SmallVm, fd: int, *, allow: bool) -> None:

@@ -113,8 +113,9 @@ def test_vcpu_that_cannot_leave(lab: Lab, wait: int) -> None:
     for cpu in (0, 1):
         tried, held = _pauses_of_a_held_vcpu(lab, wait=wait, cpu=cpu)
         if tried == TRIES:
-            # It need not have been in the guest each time.
-            assert (held > 0) if wait else (held == 0), f"{held} of {tried} had no reply"
+            # It may be out of the guest now and then, and the host may wait for its processor.
+            expected = held > tried // 2 if wait else held == 0
+            assert expected, f"{held} of {tried} had no reply"
             return
     skip_clause("this host stands still as a whole while one of its processors does")
 
@@ -123,6 +124,7 @@ def _pauses_of_a_held_vcpu(lab: Lab, *, wait: int, cpu: int) -> tuple[int, int]:
     """How often a vCPU was paused so, and how often there was no reply meanwhile."""
     vm = lab.vm(payload="system")  # which does not leave the guest by itself
     session = lab.hook_apart(vm, cpu=cpu)
+    other = lab.hook_apart(lab.vm(), cpu=cpu, run=False)
     tried = held = 0
     for _ in range(3 * TRIES):
         vm.progresses()
@@ -130,13 +132,16 @@ def _pauses_of_a_held_vcpu(lab: Lab, *, wait: int, cpu: int) -> tuple[int, int]:
         try:
             with lab.manager.host.frozen(cpu):
                 # The host lives on, unless it waits for that processor, as the network may.
-                if _comes(session.send("GET_VERSION"), SOON_S):
+                if _comes(other.send("GET_VERSION"), SOON_S):
                     paused = session.send("VM_PAUSE_VCPU", wait=wait)
-                    held += not _comes(paused, SOON_S if wait else 5)
+                    came = _comes(paused, SOON_S if wait else 2)
+                    # Where the kernel waits for the vCPU, it does so with the other processor.
+                    if came or wait or _comes(other.send("GET_VERSION"), SOON_S):
+                        tried += 1
+                        held += not came
         except UsageError as error:
             skip_clause(error.message)
         if paused is not None:
-            tried += 1
             paused.reply(10).ok()
             session.answer(next_event_of(session, "PAUSE"))
         if tried == TRIES:
