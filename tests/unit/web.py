@@ -23,6 +23,7 @@ from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.remote_connection import RemoteConnection
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 from harness.build.packages import BROWSER_PACKAGES, apt_line, missing_packages
 from harness.build.run import bound_to_us
@@ -31,6 +32,8 @@ __all__ = ["DESK", "PHONE", "Browser", "browser"]
 
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 3, "mobile": True}
 DESK = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+LOAD_S = 60.0
+"""A page that takes so long does not come."""
 
 
 class _Driver(Service):
@@ -53,6 +56,12 @@ class Browser:
         self.messages()
         self.requests()
         self.driver.get(page.as_uri() + fragment)
+        # A busy driver takes the end of loading the empty page for that of this one.
+        WebDriverWait(self.driver, LOAD_S).until(lambda _: self._has_loaded(page.as_uri()))
+
+    def _has_loaded(self, uri: str) -> bool:
+        state, where = self.script("return [document.readyState, location.href]")
+        return bool(state == "complete" and where.partition("#")[0] == uri)
 
     def command(self, name: str, **arguments: Any) -> dict[str, Any]:
         """A command of the DevTools protocol."""
