@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from causes import LSTAR, select_cr, select_msr
+from causes import select_cr, select_msr
 from checks import (
     all_fail,
     continues,
@@ -30,13 +30,13 @@ from harness.plugin import skip_clause
 from harness.tool import Session
 
 MANY = 1000
-SYSENTER_CS = 0x174
+SYSENTER_CS, KERNEL_GS_BASE = 0x174, 0xC0000102
 BREAKPOINT = 3
 # By event: the routines that execute such an instruction many times, and their operands.
 ROUTINES: dict[str, list[tuple[str, int, int]]] = {
     "BREAKPOINT": [("many_breakpoints", 0, 0)],
     "CR": [("many_cr3", FREE, PML4)],
-    "MSR": [("many_msr", SYSENTER_CS, 0), ("many_msr", LSTAR, 0)],
+    "MSR": [("many_msr", SYSENTER_CS, 0), ("many_msr", KERNEL_GS_BASE, 0)],
     "DESCRIPTOR": [("many_gdt", 0, 0)],
 }
 
@@ -73,7 +73,7 @@ def _hook(lab: Lab, vm: SmallVm, profile: Profile) -> tuple[Session, set[str]]:
         select_cr(session, 3)
     if "MSR" in names:
         select_msr(session, SYSENTER_CS)
-        select_msr(session, LSTAR)
+        select_msr(session, KERNEL_GS_BASE)
     return session, names
 
 
@@ -191,7 +191,9 @@ def test_next_session_has_selected_nothing(lab: Lab, profile: Profile) -> None:
     again = lab.hook(vm)
     for name in names & {"CR", "MSR"}:
         enable(again, name)
-    vm.perform_all(("set_cr3", FREE, 0), ("set_msr", SYSENTER_CS, 5), ("set_msr", LSTAR, 5))
+    vm.perform_all(
+        ("set_cr3", FREE, 0), ("set_msr", SYSENTER_CS, 5), ("set_msr", KERNEL_GS_BASE, 5)
+    )
     silent(again, vcpus=[0])
     if "CR" in names:
         select_cr(again, 3)
@@ -212,7 +214,7 @@ def test_given_up_when_disabled(lab: Lab, profile: Profile) -> None:
         select_cr(session, 3, on=False)
     if "MSR" in names:
         select_msr(session, SYSENTER_CS, on=False)
-        select_msr(session, LSTAR, on=False)
+        select_msr(session, KERNEL_GS_BASE, on=False)
     for name in names - {"CR", "MSR"}:
         enable(session, name, on=False)
     assert _intercepted(vm) == set()
