@@ -92,7 +92,7 @@ class Fuzzer:
         """
         start = time.monotonic()
         figures = self._play(batch, seed)
-        self._given_back(figures, again=lambda: self._play(batch, seed))
+        self._given_back(figures, again=lambda: self._play(batch, seed).lives)
         figures.seconds = round(time.monotonic() - start, 3)
         return figures
 
@@ -141,7 +141,7 @@ class Fuzzer:
             for number, ops in self.executor.under_way
         )
 
-    def _given_back(self, figures: Figures, *, again: Callable[[], Figures]) -> None:
+    def _given_back(self, figures: Figures, *, again: Callable[[], int]) -> None:
         """See to it that what the sessions so far took was given back."""
         self._sessions += figures.lives
         base = wait_until_given_back(
@@ -149,7 +149,7 @@ class Fuzzer:
             self._base,
             pid=self.executor.pid,
             sessions=self._sessions,
-            again=lambda: again().lives,
+            again=again,
         )
         if base is not self._base:
             self._base, self._sessions = base, 0

@@ -113,6 +113,18 @@ class Lab:
             vm.run()
         return vm, session
 
+    def end(self, vm: SmallVm, session: Session, how: str) -> None:
+        """End a session: the tool closes, the device manager unhooks, or shuts the socket down.
+
+        :param how: ``close``, ``unhook`` or ``shutdown``.
+        """
+        if how == "close":
+            session.close()
+        elif how == "unhook":
+            assert vm.unhook() == "OK"
+        else:
+            assert self.manager.shutdown(vm.socket) == "OK"
+
     def set_parameter(self, name: str, value: str) -> None:
         """Set a parameter of the host's KVM until the end of the test.
 

@@ -169,11 +169,8 @@ def test_restored_on_each_vcpu(lab: Lab, profile: Profile, how: str) -> None:
     for vcpu in range(4):
         enable(session, "BREAKPOINT", vcpu=vcpu)
     vm.stop(3)
-    if how == "unhook":
-        assert vm.unhook() == "OK"
-    else:
-        session.close()
-        ends_dead(lab.manager, vm)
+    lab.end(vm, session, how)
+    ends_dead(lab.manager, vm)
     for vcpu in range(4):
         if vcpu < 3:
             vm.progresses(vcpu=vcpu)

@@ -239,11 +239,8 @@ def test_given_back_at_once(lab: Lab, vm: SmallVm, session: Session, how: str) -
     enable(session, "BREAKPOINT")
     vm.stop()
     assert vm.guest_debug(breakpoints=True) == "EBUSY"
-    if how == "unhook":
-        assert vm.unhook() == "OK"
-    else:
-        session.close()
-        ends_dead(lab.manager, vm)
+    lab.end(vm, session, how)
+    ends_dead(lab.manager, vm)
     assert vm.guest_debug(breakpoints=True) == "OK"
 
 

@@ -163,15 +163,21 @@ def test_retry(lab: Lab, access: Access) -> None:
     silent(session, vcpus=[0])
 
 
-@pytest.mark.clause("SETPAGE-OK")
-def test_from_a_restricted_page(lab: Lab) -> None:
-    """What KVM reads in place of such an instruction respects a restriction."""
+def _let_pass(lab: Lab) -> tuple[SmallVm, Session, Trace]:
+    """A guest with both events enabled, each of which lets the access pass."""
     vm, session = pair_for(lab, "DESCRIPTOR")
     requires(session, command="VM_SET_PAGE_ACCESS", event="PF")
     session.handle("DESCRIPTOR", lambda _: "CONTINUE")
     trace = Trace(session)
     enable(session, "DESCRIPTOR")
     enable(session, "PF")
+    return vm, session, trace
+
+
+@pytest.mark.clause("SETPAGE-OK")
+def test_from_a_restricted_page(lab: Lab) -> None:
+    """What KVM reads in place of such an instruction respects a restriction."""
+    vm, session, trace = _let_pass(lab)
     load = ACCESSES[1]
     restrict(session, W | X, _area() & -PAGE)
     _order(vm, load)
@@ -184,15 +190,9 @@ def test_from_a_restricted_page(lab: Lab) -> None:
 @pytest.mark.clause("SETPAGE-OK")
 def test_to_a_restricted_page(lab: Lab) -> None:
     """What KVM stores in place of such an instruction respects a restriction."""
-    vm, session = pair_for(lab, "DESCRIPTOR")
-    requires(session, command="VM_SET_PAGE_ACCESS", event="PF")
-    session.handle("DESCRIPTOR", lambda _: "CONTINUE")
-    trace = Trace(session)
-    enable(session, "DESCRIPTOR")
-    enable(session, "PF")
-    area = mailbox(0) + MAILBOX_WORDS["area"]
-    restrict(session, R | X, area & -PAGE)
+    vm, session, trace = _let_pass(lab)
+    restrict(session, R | X, _area() & -PAGE)
     vm.perform("store_idt")
-    restrict(session, RWX, area & -PAGE)
-    assert struct.unpack("<HQ", vm.read(area, 10)) == (0xFFF, IDT)
-    assert (W, area) in {seen.where for seen in trace.take()}
+    restrict(session, RWX, _area() & -PAGE)
+    assert struct.unpack("<HQ", vm.read(_area(), 10)) == (0xFFF, IDT)
+    assert (W, _area()) in {seen.where for seen in trace.take()}

@@ -473,12 +473,7 @@ def test_disconnect(lab: Lab, name: str, how: str, profile: Profile) -> None:
     vm, session = pair_for(lab, name, registers={"r12": 0x77})
     event = cause(vm, session, name)
     session.command("VCPU_SET_REGISTERS", regs=event.regs, r12=0x1212, rbp=0x99).ok()
-    if how == "close":
-        session.close()
-    elif how == "unhook":
-        assert vm.unhook() == "OK"
-    else:
-        assert lab.manager.shutdown(vm.socket) == "OK"
+    lab.end(vm, session, how)
     went_on(vm, name)
     vm.stop()
     registers = dict(zip(REGS, struct.unpack("<18Q", vm.registers()), strict=True))

@@ -682,12 +682,7 @@ def test_disconnect(lab: Lab, how: str) -> None:
     vm.order("sse_write", linear(vm, FREE), VALUE)
     next_access(session)
     assert _u64(vm, FREE) == 0
-    if how == "close":
-        session.close()
-    elif how == "unhook":
-        assert vm.unhook() == "OK"
-    else:
-        assert lab.manager.shutdown(vm.socket) == "OK"
+    lab.end(vm, session, how)
     vm.finish()
     assert _u64(vm, FREE) == VALUE
     perform(vm, "sse_write", linear(vm, FREE), 5)

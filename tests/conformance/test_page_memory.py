@@ -112,10 +112,7 @@ def test_joined_at_the_end(lab: Lab, how: str) -> None:
     vm, session = _huge_pair(lab)
     restrict(session, NONE, BASE + 5 * PAGE, BASE + HUGE)
     _become(vm, 0)
-    if how == "close":
-        session.close()
-    else:
-        assert vm.unhook() == "OK"
+    lab.end(vm, session, how)
     perform(vm, "modify", BASE + 5 * PAGE)
     _become(vm, 2)
 

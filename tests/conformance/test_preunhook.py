@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import struct
 import time
+from typing import Any
 
 import pytest
 from checks import RawTool, continues, ends_dead, event_size, near_misses, silent
@@ -107,42 +108,42 @@ def test_sends_one_event(lab: Lab, vm: SmallVm) -> None:
     assert numbers == sorted(set(numbers))
 
 
+def _silent_tool(lab: Lab, vm: SmallVm) -> tuple[str, dict[str, Any]]:
+    """Hook a guest to a socket in the host, with the event enabled, that nobody reads from.
+
+    Answers the name of its other end, and PREUNHOOK as a request to the agent.
+    """
+    name, fd = lab.manager.socketpair()
+    assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
+    link, peer = lab.manager.link, name + ".peer"
+    frame = lab.codec.frame(*lab.codec.encode_command("VM_CONTROL_EVENTS", enable=1), 1)
+    link.call("send", name=peer, hex=frame.hex())
+    assert link.call("receive", name=peer, size=16, timeout_s=5)["hex"][16:] == bytes(8).hex()
+    request, _ = lab.codec.encode_ioctl("PREUNHOOK")
+    return peer, {"op": "ioctl", "on": f"vm:{vm.name}", "request": request}
+
+
 @pytest.mark.clause("PREUNHOOK-NOWAIT")
 def test_does_not_wait(lab: Lab, vm: SmallVm) -> None:
     """PREUNHOOK returns although the tool neither reads the event nor closes the socket."""
-    name, fd = lab.manager.socketpair()
-    assert vm.hook(fd) == "OK"
-    assert vm.command(-1) == "OK"
-    assert vm.event(-1) == "OK"
-    link, peer = lab.manager.link, name + ".peer"
-    request = lab.codec.frame(*lab.codec.encode_command("VM_CONTROL_EVENTS", enable=1), 1)
-    link.call("send", name=peer, hex=request.hex())
-    assert link.call("receive", name=peer, size=16, timeout_s=5)["hex"][16:] == bytes(8).hex()
-    preunhook, _ = lab.codec.encode_ioctl("PREUNHOOK")
+    peer, preunhook = _silent_tool(lab, vm)
     vm.run()
     started = time.monotonic()
-    answers = lab.manager.batch([{"op": "ioctl", "on": f"vm:{vm.name}", "request": preunhook}] * 5)
+    answers = lab.manager.batch([preunhook] * 5)
     assert time.monotonic() - started < 5
     assert [(answer["ret"], answer["errno"]) for answer in answers] == [(0, 0)] * 5
     vm.progresses()
     size = 8 + event_size(lab.profile, "UNHOOK")
-    answer = link.call("receive", name=peer, size=5 * size + 1, timeout_s=0.5)
+    answer = lab.manager.link.call("receive", name=peer, size=5 * size + 1, timeout_s=0.5)
     assert len(answer["hex"]) // 2 == 5 * size
 
 
 @pytest.mark.clause("PREUNHOOK-NOWAIT", "PREUNHOOK-SENDS")
 def test_does_not_wait_for_room(lab: Lab, vm: SmallVm) -> None:
     """Nor does it wait when the socket takes no more: it fails, and has written nothing."""
-    name, fd = lab.manager.socketpair()
-    assert vm.hook_and_allow(fd) == ["OK", "OK", "OK"]
-    link, peer = lab.manager.link, name + ".peer"
-    request = lab.codec.frame(*lab.codec.encode_command("VM_CONTROL_EVENTS", enable=1), 1)
-    link.call("send", name=peer, hex=request.hex())
-    assert link.call("receive", name=peer, size=16, timeout_s=5)["hex"][16:] == bytes(8).hex()
-    preunhook, _ = lab.codec.encode_ioctl("PREUNHOOK")
-    one = {"op": "ioctl", "on": f"vm:{vm.name}", "request": preunhook}
+    peer, preunhook = _silent_tool(lab, vm)
     try:
-        answers = lab.manager.batch([one] * 2000, timeout_s=20)
+        answers = lab.manager.batch([preunhook] * 2000, timeout_s=20)
     except DeadlineError:
         pytest.fail("PREUNHOOK waits for a tool that does not read")
     errors = [answer["errno"] for answer in answers]
@@ -150,7 +151,7 @@ def test_does_not_wait_for_room(lab: Lab, vm: SmallVm) -> None:
     done = errors.index(refused) if refused in errors else len(errors)
     assert errors == [0] * done + [refused] * (len(errors) - done)
     size = 8 + event_size(lab.profile, "UNHOOK")
-    answer = link.call("receive", name=peer, size=done * size + 1, timeout_s=2)
+    answer = lab.manager.link.call("receive", name=peer, size=done * size + 1, timeout_s=2)
     assert len(answer["hex"]) // 2 == done * size
 
 

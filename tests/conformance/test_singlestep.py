@@ -34,9 +34,9 @@ def _control(session: Session, on: bool, *, vcpu: int = 0) -> None:
     session.command("VCPU_CONTROL_SINGLESTEP", vcpu=vcpu, enable=int(on)).ok()
 
 
-def _stepping_pair(lab: Lab, **wanted: Any) -> tuple[SmallVm, Session]:
+def _stepping_pair(lab: Lab, *, payload: str = "steps", **wanted: Any) -> tuple[SmallVm, Session]:
     """A running guest to step through; skip where the processor cannot."""
-    vm, session = lab.pair(payload="steps", **wanted)
+    vm, session = lab.pair(payload=payload, **wanted)
     if not _supported(session):
         skip_clause("this processor cannot single-step (features.singlestep is 0)")
     return vm, session
@@ -47,6 +47,13 @@ def _begin(
 ) -> None:
     """Switch stepping on while the vCPU waits, and let it go on from a label."""
     session.command("VM_PAUSE_VCPU", vcpu=vcpu, wait=1).ok()
+    _begin_in_pause(vm, session, label, vcpu=vcpu, **registers)
+
+
+def _begin_in_pause(
+    vm: SmallVm, session: Session, label: str = "", *, vcpu: int = 0, **registers: int
+) -> None:
+    """The same where the PAUSE was asked for before."""
     pause = next_event_of(session, "PAUSE", vcpu=vcpu)
     if label:
         rip = vm.machine.linear(label)
@@ -234,9 +241,7 @@ def test_off(lab: Lab) -> None:
 @pytest.mark.parametrize("how", ["command", "close", "unhook", "unhook while it does not run"])
 def test_costs_nothing_afterwards(lab: Lab, how: str) -> None:
     """When stepping is over no instruction leaves the guest because of it."""
-    vm, session = lab.pair(payload="system")
-    if not _supported(session):
-        skip_clause("this processor cannot single-step (features.singlestep is 0)")
+    vm, session = _stepping_pair(lab, payload="system")
     if vm.count_exits("many_gdt") >= MANY:
         skip_clause("this host intercepts SGDT by itself")
     _begin(vm, session)
@@ -264,9 +269,7 @@ def test_costs_nothing_afterwards(lab: Lab, how: str) -> None:
 @pytest.mark.clause("SSTEP-ON")
 def test_shortest_way_through_kvm(lab: Lab) -> None:
     """An instruction that KVM deals with on its fast path has its event, too."""
-    vm, session = lab.pair(payload="system", irqchip=True)
-    if not _supported(session):
-        skip_clause("this processor cannot single-step (features.singlestep is 0)")
+    vm, session = _stepping_pair(lab, payload="system", irqchip=True)
     assert vm.perform("set_msr", APIC_BASE, X2APIC)["faults"] == 0
     _begin(vm, session, "wrmsr_site", rcx=INTERRUPT_COMMAND, rax=0x31, rdx=0)
     event = next_event_of(session, "SINGLESTEP")
@@ -401,11 +404,7 @@ def test_no_interrupt_window_while_stepping(lab: Lab) -> None:
     vm.stop()
     session.command("VM_PAUSE_VCPU", wait=0).ok()
     vm.run(0, interrupt_window=True)
-    pause = next_event_of(session, "PAUSE")
-    rip = vm.machine.linear("_start")
-    session.command("VCPU_SET_REGISTERS", regs=pause.regs, rip=rip).ok()
-    _control(session, True)
-    session.answer(pause)
+    _begin_in_pause(vm, session, "_start")
     _steps_undisturbed(vm, session)
     assert vm.wait_exit().reason == "IRQ_WINDOW_OPEN"
     assert vm.vcpu_ioctl(KVM_INTERRUPT, struct.pack("<I", VECTOR))[0] == "OK"
@@ -423,11 +422,7 @@ def test_no_nmi_while_stepping(lab: Lab) -> None:
     session.command("VM_PAUSE_VCPU", wait=0).ok()
     assert vm.vcpu_ioctl(KVM_NMI)[0] == "OK"
     vm.run(0)
-    pause = next_event_of(session, "PAUSE")
-    rip = vm.machine.linear("_start")
-    session.command("VCPU_SET_REGISTERS", regs=pause.regs, rip=rip).ok()
-    _control(session, True)
-    session.answer(pause)
+    _begin_in_pause(vm, session, "_start")
     _steps_undisturbed(vm, session)
     vm.wait_word("faults", 1)
     _runs_free(vm, session)

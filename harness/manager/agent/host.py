@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
-from .kernel import KVM_GET_API_VERSION, Request, must
+from .kernel import KVM_GET_API_VERSION, Request, libc, must
 
 PR_SET_KEEPCAPS = 8
 
@@ -51,7 +50,7 @@ class HostRequests:
 
     def op_own_credentials(self, request: Request) -> None:
         """Take credentials that are as they were, but shared with nobody."""
-        ctypes.CDLL(None).prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)  # makes a copy, cap_task_prctl()
+        libc.prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)  # makes a copy, cap_task_prctl()
 
     def op_threads(self, request: Request) -> list[str]:
         """Name the processes and kernel threads, or only these, whose name starts so."""
