@@ -42,6 +42,7 @@ EMULATOR = "qemu-system-x86_64"
 
 _START_TIMEOUT_S = 20.0
 _RESTORE_TIMEOUT_S = 60.0
+_WARM_UP_TIMEOUT_S = 60.0
 
 # How often a host is booted until it is fit to be saved.
 _BOOT_TRIES = 4
@@ -392,6 +393,7 @@ def _warm_up(host: Host) -> None:
         "python3 -c 'import ctypes, fcntl, json, mmap, select, socket, struct, threading';"
         " /opt/qemu/bin/qemu-system-x86_64 --version; cat /opt/guest/* >/dev/null",
         check=False,
+        timeout_s=_WARM_UP_TIMEOUT_S * host.patience,
     )
 
 
