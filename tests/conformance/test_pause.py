@@ -15,7 +15,7 @@ from harness.tool import Pending, Session
 
 # The reference allows 1001 outstanding requests; whoever allows more has no limit in practice.
 MANY = 1300
-TRIES, SOON_S = 3, 0.3
+SOON_S, HELD = 0.3, 2
 
 
 def _pause(session: Session, *, vcpu: int = 0, wait: int = 0) -> None:
@@ -110,23 +110,24 @@ def test_vcpu_that_cannot_leave(lab: Lab, wait: int) -> None:
 
     The host's processor that executes the guest is held from outside.
     """
+    # It may be out of the guest when it is held, on a slow host most of the time: until the reply
+    # was missing twice, it is tried again.
+    tries = 20 if wait else 3
     for cpu in (0, 1):
-        tried, held = _pauses_of_a_held_vcpu(lab, wait=wait, cpu=cpu)
-        if tried == TRIES:
-            # It may be out of the guest now and then, and the host may wait for its processor.
-            expected = held > tried // 2 if wait else held == 0
-            assert expected, f"{held} of {tried} had no reply"
+        tried, held = _pauses_of_a_held_vcpu(lab, wait=wait, cpu=cpu, tries=tries)
+        if tried == tries or held == HELD:
+            assert held == (HELD if wait else 0), f"{held} of {tried} had no reply"
             return
     skip_clause("this host stands still as a whole while one of its processors does")
 
 
-def _pauses_of_a_held_vcpu(lab: Lab, *, wait: int, cpu: int) -> tuple[int, int]:
+def _pauses_of_a_held_vcpu(lab: Lab, *, wait: int, cpu: int, tries: int) -> tuple[int, int]:
     """How often a vCPU was paused so, and how often there was no reply meanwhile."""
     vm = lab.vm(payload="system")  # which does not leave the guest by itself
     session = lab.hook_apart(vm, cpu=cpu)
     other = lab.hook_apart(lab.vm(), cpu=cpu, run=False)
     tried = held = 0
-    for _ in range(3 * TRIES):
+    for _ in range(2 * tries):
         vm.progresses()
         paused = None
         try:
@@ -144,7 +145,7 @@ def _pauses_of_a_held_vcpu(lab: Lab, *, wait: int, cpu: int) -> tuple[int, int]:
         if paused is not None:
             paused.reply(10).ok()
             session.answer(next_event_of(session, "PAUSE"))
-        if tried == TRIES:
+        if tried == tries or held == HELD:
             break
     return tried, held
 
