@@ -6,17 +6,22 @@ Requests may be sent from any thread and overlap; answers find their request by 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
+import secrets
 import shlex
+import socket
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import DeadlineError, HarnessError, InfraError
+from harness.errors import DeadlineError, HarnessError, InfraError, SilenceError
 from harness.hosts.stacks import stacks_in_kvm
+from harness.tool import Listener
 
 if TYPE_CHECKING:
     from harness.hosts import Host
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentLink"]
 
 AGENT = Path(__file__).with_name("agent")
-_MARGIN_S = 20.0
+_MARGIN_S, _START_S, _DYING_S = 20.0, 60.0, 2.0
 
 _LOADER = """\
 import os, runpy, sys
@@ -55,8 +60,31 @@ class AgentLink:
         self._send_lock = threading.Lock()
         self._ended: str | None = None
         self._process.write(archive)
+        with Listener() as listener:
+            self._connection = self._connect(listener)
         self._reader = threading.Thread(target=self._read, name="host-agent", daemon=True)
         self._reader.start()
+
+    def _connect(self, listener: Listener) -> socket.socket:
+        """Tell the agent where we listen, and find the connection that it makes.
+
+        :raises InfraError: it ended, or did not connect in time.
+        """
+        address, port = self._host.tool_address(listener.port)
+        token = secrets.token_hex(16)  # others on that machine may connect, too
+        wanted = json.dumps({"host": address, "port": port, "token": token})
+        self._process.write(wanted.encode() + b"\n")
+        deadline = time.monotonic() + _START_S * self._host.patience
+        while time.monotonic() < deadline and self._process.status(timeout_s=0) is None:
+            with contextlib.suppress(SilenceError):
+                connection = listener.accept(1)
+                if _says(connection, token):
+                    return connection
+                connection.close()
+            self._host.check()
+        error = self._gone("the agent did not connect")
+        self._process.close()
+        raise error
 
     def call(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> Any:
         """Perform one request and answer its result.
@@ -77,7 +105,7 @@ class AgentLink:
             self._waiting.add(number)
         try:
             with self._send_lock:
-                self._process.write(line.encode())
+                self._connection.sendall(line.encode())
         except OSError as error:
             raise self._gone(f"cannot send {op} to the agent: {error}") from error
         return number
@@ -116,13 +144,14 @@ class AgentLink:
             self._host.check()
         except HarnessError as error:
             return error
+        self._process.status(timeout_s=_DYING_S)  # its last words may be on their way
         said = self._process.read_stderr().decode(errors="replace")
         return InfraError(message, details=said)
 
     def _read(self) -> None:
         reason = "its output ended"
         try:
-            while line := self._process.stdout.readline():
+            for line in self._connection.makefile():
                 answer = json.loads(line)
                 with self._changed:
                     if answer["id"] in self._waiting:
@@ -140,9 +169,23 @@ class AgentLink:
         return self._ended is None
 
     def close(self) -> None:
-        """End the agent by closing its standard input; everything it owns goes with it."""
+        """End the agent by closing the connection; everything it owns goes with it."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._process.close()
         self._reader.join(timeout=5)
+        self._connection.close()
+
+
+def _says(connection: socket.socket, token: str) -> bool:
+    """Whether a new connection begins with the token."""
+    connection.settimeout(_MARGIN_S)
+    try:
+        said = connection.recv(len(token), socket.MSG_WAITALL)
+    except OSError:
+        return False
+    connection.settimeout(None)
+    return said == token.encode()
 
 
 def _archive(package: Path) -> bytes:

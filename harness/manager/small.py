@@ -242,7 +242,7 @@ class SmallManager:
             )
 
     def close(self) -> None:
-        """End the agent in good order: its standard input closes."""
+        """End the agent in good order: the connection to it closes."""
         self.link.close()
 
     def kill(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,12 @@ from harness.manager import link
 from harness.manager.link import AgentLink
 
 PROGRAM = """
-import json, sys, threading
+import json, socket, sys, threading
 
 lock = threading.Lock()
+wanted = json.loads(sys.stdin.readline())
+connection = socket.create_connection((wanted["host"], wanted["port"]))
+connection.sendall(wanted["token"].encode())
 
 def answer(request):
     reply = {"id": request["id"]}
@@ -31,10 +35,10 @@ def answer(request):
     else:
         reply["ok"] = request.get("what")
     with lock:
-        print(json.dumps(reply), flush=True)
+        connection.sendall(json.dumps(reply).encode() + b"\\n")
 
 def serve():
-    for line in sys.stdin:
+    for line in connection.makefile():
         request = json.loads(line)
         if request["op"] == "die":
             sys.exit("dying words")
@@ -60,6 +64,11 @@ class _Process:
     def write(self, data: bytes) -> None:
         self._stdin.write(data)
         self._stdin.flush()
+
+    def status(self, *, timeout_s: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
 
     def read_stderr(self) -> bytes:
         assert self._process.stderr is not None
@@ -92,6 +101,9 @@ class _ThisMachine:
         )
         return Completed(command, done.returncode, done.stdout, done.stderr)
 
+    def tool_address(self, port: int) -> tuple[str, int]:
+        return "127.0.0.1", port
+
     def check(self) -> None:
         """Nothing is ever wrong with it."""
 
@@ -100,11 +112,15 @@ class _ThisMachine:
         return ""
 
 
+def _program(directory: Path, text: str) -> None:
+    (directory / "__init__.py").touch()
+    (directory / "serve.py").write_text(text)
+
+
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[AgentLink]:
     """A link to the program above."""
-    (tmp_path / "__init__.py").touch()
-    (tmp_path / "serve.py").write_text(PROGRAM)
+    _program(tmp_path, PROGRAM)
     made = AgentLink(cast(Host, cast(Any, _ThisMachine())), package=tmp_path)
     yield made
     made.close()
@@ -134,6 +150,32 @@ def test_death(agent: AgentLink) -> None:
     assert not agent.alive
     with pytest.raises(InfraError):
         agent.call("echo")
+
+
+def test_stranger(tmp_path: Path) -> None:
+    """Another process that connects first is not taken for the agent."""
+    _program(tmp_path, PROGRAM)
+    strangers = []
+
+    class _Watched(_ThisMachine):
+        def tool_address(self, port: int) -> tuple[str, int]:
+            strangers.append(socket.create_connection(("127.0.0.1", port)))
+            strangers[0].sendall(b"0" * 32)
+            return "127.0.0.1", port
+
+    agent = AgentLink(cast(Host, cast(Any, _Watched())), package=tmp_path)
+    assert agent.call("echo", what="on") == "on"
+    assert strangers[0].recv(1) == b""
+    strangers[0].close()
+    agent.close()
+
+
+def test_does_not_start(tmp_path: Path) -> None:
+    """An agent that ends before it connects is our own error, at once and with its words."""
+    _program(tmp_path, "raise SystemExit('no such module')")
+    with pytest.raises(InfraError, match="did not connect") as caught:
+        AgentLink(cast(Host, cast(Any, _ThisMachine())), package=tmp_path)
+    assert "no such module" in caught.value.details
 
 
 def test_silence(agent: AgentLink, monkeypatch: pytest.MonkeyPatch) -> None:

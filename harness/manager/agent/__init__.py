@@ -6,12 +6,13 @@ are complete in themselves and use the standard library alone. They own what a d
 manager owns: the descriptors of /dev/kvm, the memory of its guests, one thread per running
 vCPU, and the sockets that it hands to KVM.
 
-Requests come as JSON lines on standard input, ``{"id": 7, "op": "run", ...}``;
-each is answered by one line, ``{"id": 7, "ok": ...}`` or ``{"id": 7, "fault": text}``.
-Every request runs in a thread of its own, so one that blocks in the kernel does not
-stop the others; the caller waits for an answer before it sends what depends on it.
+The process connects to who started it. Requests come as JSON lines over this connection,
+``{"id": 7, "op": "run", ...}``; each is answered by one line, ``{"id": 7, "ok": ...}`` or
+``{"id": 7, "fault": text}``. While one is performed another thread reads on, so one that
+blocks in the kernel does not stop the others; the caller waits for an answer before it
+sends what depends on it.
 A fault means a wrong request or a defect in here; what the kernel says (a return
 value and an errno) is always part of ``ok``.
 
-The process ends when standard input does, and with it all its virtual machines.
+The process ends when the connection does, and with it all its virtual machines.
 """
