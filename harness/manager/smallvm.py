@@ -93,6 +93,7 @@ class SmallVm:
         self._statistics = statistics
         self.socket = ""
         """Name of the descriptor handed to HOOK last."""
+        self.closed = False
 
     def _call(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> Any:
         return self.manager.link.call(op, timeout_s=timeout_s, vm=self.name, **fields)
@@ -156,6 +157,7 @@ class SmallVm:
                 f"vCPUs {stuck} stay in KVM_RUN {timeout_s:.0f} s after a signal",
                 details=stacks_in_kvm(self.manager.host),
             )
+        self.closed = True
 
     # -- memory, as the device manager sees it
 

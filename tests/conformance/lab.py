@@ -144,12 +144,14 @@ class Lab:
             self.manager.introspection(True)
 
     def guests(self) -> str:
-        """Tell of each vCPU what it is doing, its registers and the code around rip.
+        """Tell of each vCPU there is what it is doing, its registers and the code around rip.
 
         Stops the vCPUs that run: for the end of a test that failed.
         """
         parts = []
         for vm, sessions in self._guests:
+            if vm.closed:
+                continue
             events = {
                 message.vcpu: message
                 for session in sessions

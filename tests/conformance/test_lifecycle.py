@@ -86,6 +86,7 @@ def test_many_vms_leave_nothing(lab: Lab, manager: SmallManager, profile: Profil
             if number % 2:
                 assert vm.unhook() == "OK"
             vm.close()
+            manager.close_fd(vm.socket)
             session.close()
 
     leaves_nothing(manager, live, lives=VMS)
