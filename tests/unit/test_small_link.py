@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_death(agent: AgentLink) -> None:
     assert not agent.alive
     with pytest.raises(InfraError):
         agent.call("echo")
+
+
+@pytest.mark.parametrize("abrupt", [False, True])
+def test_end_of_who_started_it(abrupt: bool) -> None:
+    """The agent of the small device manager ends with the connection, however that ends."""
+    machine = _ThisMachine()
+    agent = AgentLink(cast(Host, cast(Any, machine)))
+    assert agent.call("list", path="/nowhere") == []
+    connection = agent._connection
+    if abrupt:  # a reset instead of an end
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.shutdown(socket.SHUT_RD)
+    agent._reader.join(10)
+    connection.close()
+    assert machine.processes[0].status(timeout_s=10) == 0
+    agent.close()
 
 
 def test_stranger(tmp_path: Path) -> None:

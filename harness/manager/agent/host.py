@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 from .kernel import KVM_GET_API_VERSION, Request, libc, must
@@ -14,8 +15,10 @@ PR_SET_KEEPCAPS = 8
 class HostRequests:
     """What this process is, and what it can read of the host."""
 
-    def __init__(self) -> None:
-        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    @cached_property
+    def kvm(self) -> int:
+        """The descriptor of /dev/kvm."""
+        return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
 
     def op_hello(self, request: Request) -> Request:
         """Tell who we are and what KVM this is."""

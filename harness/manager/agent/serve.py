@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -117,7 +118,9 @@ class _Service:
         while True:
             self._count(1)
             with self._reading:
-                line = self._requests.readline()
+                line = ""
+                with contextlib.suppress(OSError):
+                    line = self._requests.readline()
                 if not line:
                     os._exit(0)  # vCPU threads may sit in KVM_RUN; the kernel takes all down
                 if not self._count(-1):
