@@ -244,7 +244,7 @@ def test_restart_ends_the_machine() -> None:
 def test_packages_follow_the_settings() -> None:
     """Bochs is asked for where it is used, and a compiler where it is built."""
     assert packages_for(load_settings(target="tcg")) == PACKAGES
-    assert packages_for(load_settings(target="bochs")) == PACKAGES + BOCHS_PACKAGES
+    assert packages_for(load_settings(target="bochs", bochs="debian")) == PACKAGES + BOCHS_PACKAGES
     built = packages_for(load_settings(target="bochs", bochs="built"))
     assert built == PACKAGES + BOCHS_BUILD_PACKAGES
     assert "bochs" not in [package.name for package in built]
